@@ -1,0 +1,267 @@
+"""How the balance gradient reaches any trainer, and how padding reaches the router.
+
+A balance loss cannot be returned: a wrapped linear keeps its return type, TRL computes its losses from other outputs,
+and a value stashed on the module is lost under re-entrant checkpointing. So it is never formed in the forward pass at
+all. `balanced` is the identity on the router's logits whose backward adds the loss's gradient to theirs. Backward runs
+exactly once per micro-batch in every checkpointing mode, so the counting is done there too.
+
+Padding is read from the attention mask that the attention module of the same layer receives. A hook on the attention
+module (not on the decoder layer) is replayed when a checkpointed layer is recomputed, so two forward passes before one
+backward pass do not see each other's masks.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from moe_peft.balance import LOAD_WINDOW, expert_counts, localized_loss, switch_gradient
+from moe_peft.routing import Routing, RoutingRule, dense_weights
+
+
+_aux_scale = torch.ones(())
+
+
+def set_aux_scale(scale: float) -> None:
+    """Scale every balance gradient from now on, so that it matches the loss of the trainer.
+
+    Use 1 / gradient_accumulation_steps, times the scale of a GradScaler if there is one. `MoeCallback` does this at
+    each step under any transformers or TRL trainer; a loop of your own calls it once. A tensor holds the value, so that
+    a compiled graph does not have to be built anew for each one.
+    """
+    _aux_scale.fill_(scale)
+
+
+class RouterState:
+    """What one router has seen: the load over the last micro-batches, and sums for the report.
+
+    Plain tensors on the router's device, not buffers: DDP broadcasts buffers from rank 0, which would overwrite the
+    other ranks' counts. Nothing here is saved with the adapter, and nothing is read on the host until asked for.
+
+    Attributes:
+        load: `[E]`, decaying counts of the slots that each expert got (window `LOAD_WINDOW` micro-batches), or None.
+        counts, probability: `[E]`, sums over the tokens seen since `reset`, or None before any.
+        entropy, tokens: scalars, likewise; entropy in nats, summed over tokens.
+    """
+
+    def __init__(self) -> None:
+        self.load: Tensor | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the sums for the report; the load that balancing uses stays."""
+        self.counts: Tensor | None = None
+        self.probability: Tensor | None = None
+        self.entropy: Tensor | None = None
+        self.tokens: Tensor | None = None
+
+    @torch.no_grad()
+    def observe(self, routing: Routing, real: Tensor | None) -> Tensor:
+        """Add one micro-batch to the sums; returns its counts `[E]`."""
+        log_probs = routing.router_logits.log_softmax(-1)
+        probs = log_probs.exp()
+        mask = probs.new_ones(probs.shape[0]) if real is None else real.to(probs.dtype)
+        # Under a dense rule every expert is "chosen" by every token; its load is the weight that it gets.
+        counts = mask @ dense_weights(routing) if routing.top_k_index is None else expert_counts(routing, real)
+        entropy, tokens = -((probs * log_probs).sum(-1) * mask).sum(), mask.sum()
+        if self.counts is None or self.counts.shape != counts.shape or self.counts.device != counts.device:
+            self.counts, self.probability = torch.zeros_like(counts), torch.zeros_like(counts)
+            self.entropy, self.tokens = torch.zeros_like(entropy), torch.zeros_like(tokens)
+        self.counts += counts
+        self.probability += mask @ probs
+        self.entropy += entropy
+        self.tokens += tokens
+        return counts
+
+    @torch.no_grad()
+    def updated_load(self, counts: Tensor) -> Tensor:
+        """Add one micro-batch to the decaying counts and return each expert's share, `[E]`, summing to 1."""
+        if self.load is None or self.load.device != counts.device or self.load.shape != counts.shape:
+            self.load = counts.clone()
+        else:
+            self.load = self.load * (1 - 1 / LOAD_WINDOW) + counts
+        return self.load / self.load.sum().clamp(min=1)
+
+
+BalanceGradient = Callable[[RouterState, Routing, Tensor | None, Tensor | None, RoutingRule, int], Tensor]
+
+
+def switch_step(
+    state: RouterState, routing: Routing, real: Tensor | None, task_types: Tensor | None, rule: RoutingRule, top_k: int
+) -> Tensor:
+    """The gradient of the Switch loss over the window, `[T, E]`; the state's load takes up this micro-batch."""
+    load = state.updated_load(expert_counts(routing, real))
+    return switch_gradient(routing.router_logits, real, load)
+
+
+def localized_step(delta: float, variant: str = "cv2") -> BalanceGradient:
+    """LoRAMoE's constraint for a given delta; its gradient is taken by autograd from the definition."""
+
+    def step(
+        state: RouterState,
+        routing: Routing,
+        real: Tensor | None,
+        task_types: Tensor | None,
+        rule: RoutingRule,
+        top_k: int,
+    ) -> Tensor:
+        if task_types is None:
+            raise ValueError("localized balance without task types")
+        with torch.enable_grad():
+            logits = routing.router_logits.detach().requires_grad_()
+            loss = localized_loss(rule(logits, top_k), task_types, delta, real, variant)
+            return torch.autograd.grad(loss, logits)[0]
+
+    return step
+
+
+class _Balanced(Function):
+    """Identity on the logits; backward adds `coef * scale * gradient` and counts the micro-batch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        real: Tensor | None,
+        task_types: Tensor | None,
+        rule: RoutingRule,
+        top_k: int,
+        coef: float,
+        gradient: BalanceGradient | None,
+        state: RouterState,
+    ) -> Tensor:
+        ctx.save_for_backward(logits, real, task_types)
+        ctx.settings = (rule, top_k, coef, gradient, state)
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        logits, real, task_types = ctx.saved_tensors
+        rule, top_k, coef, gradient, state = ctx.settings
+        (grad,) = grads
+        routing = rule(logits, top_k)
+        state.observe(routing, real)
+        if gradient is not None and coef:
+            extra = gradient(state, routing, real, task_types, rule, top_k)
+            grad = grad + extra * (coef * _aux_scale)
+        return grad, None, None, None, None, None, None, None
+
+
+def balanced(
+    logits: Tensor,
+    state: RouterState,
+    rule: RoutingRule,
+    top_k: int,
+    coef: float,
+    gradient: BalanceGradient | None,
+    real: Tensor | None,
+    task_types: Tensor | None,
+) -> Tensor:
+    """The logits, unchanged; in backward `coef * scale * d(balance loss)/d(logits)` joins their gradient.
+
+    The same as adding `coef * loss` to the loss of the trainer, for any trainer (see `set_aux_scale`).
+
+    Args:
+        logits: `[T, E]`.
+        state: of this router; counts the micro-batch once, in backward.
+        rule, top_k: how the tokens are routed; the selection is computed again in backward, nothing is saved for it.
+        coef: `router_aux_loss_coef`.
+        gradient: `switch_step`, the result of `localized_step`, or None to count only.
+        real: `[T]` bool or None.
+        task_types: `[B]` or None.
+    """
+    return _Balanced.apply(logits, real, task_types, rule, top_k, coef, gradient, state)
+
+
+class RoutingContext:
+    """What the routers of one model need to know about the batch: which tokens are real, and the samples' task types.
+
+    One object per model, shared by its routed layers. Its hooks are bound methods, so that `copy.deepcopy(model)` gives
+    the copy's layers their own context.
+
+    Attributes:
+        real: `[B, S]` bool for the layer that runs now, or None when every token is real.
+        task_types: `[B]` or None.
+        recording: count in inference too (for the routing report).
+        watching: count in training even where no balance loss asks for it.
+    """
+
+    def __init__(self) -> None:
+        self.real: Tensor | None = None
+        self.task_types: Tensor | None = None
+        self.recording = False
+        self.watching = False
+
+    def watch_attention(self, model: nn.Module) -> None:
+        """Hook every attention module of `model` that takes an attention mask; hooks it has already are kept."""
+        for module in model.modules():
+            if "Attention" not in type(module).__name__ or "attention_mask" not in _parameter_names(type(module)):
+                continue
+            hooked = any(getattr(hook, "__self__", None) is self for hook in module._forward_pre_hooks.values())
+            if not hooked:
+                module.register_forward_pre_hook(self._before_attention, with_kwargs=True)
+
+    def real_tokens(self, leading: torch.Size, tokens: int) -> Tensor | None:
+        """The mask for an input whose shape is `[*leading, d]`, flattened to `[tokens]`; None when all are real."""
+        if self.real is None or self.real.numel() != tokens:
+            return None
+        return self.real.reshape(-1)
+
+    def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if "task_types" in kwargs:
+            kwargs = dict(kwargs)
+            self.task_types = kwargs.pop("task_types")
+        else:
+            self.task_types = None
+        if self.recording or (module.training and torch.is_grad_enabled()):
+            mask, states = _arguments(module, args, kwargs)
+            self.real = real_from_mask(mask, states)
+        else:
+            self.real = None
+        return args, kwargs
+
+
+def real_from_mask(mask: Any, states: Tensor | None) -> Tensor | None:
+    """Which positions hold a token, from whatever mask an attention module receives.
+
+    Args:
+        mask: None; `[B, S]`; `[B, heads, Q, K]` of bool or additive floats (a position is real when it may see itself);
+            or a flex-attention BlockMask.
+        states: the hidden states `[B, S, d]`, to know S when the mask covers cached positions as well.
+
+    Returns:
+        `[B, S]` bool, or None when every position is real or the mask cannot tell.
+    """
+    if mask is None:
+        return None
+    if isinstance(mask, Tensor):
+        if mask.dim() == 2:
+            length = mask.shape[1] if states is None else states.shape[1]
+            return mask[:, -length:].bool()
+        if mask.dim() == 4:
+            queries, keys = mask.shape[-2:]
+            diagonal = mask[:, 0].diagonal(offset=max(keys - queries, 0), dim1=-2, dim2=-1)
+            return diagonal if mask.dtype == torch.bool else diagonal == 0
+        return None
+    if hasattr(mask, "mask_mod") and states is not None:  # a BlockMask: ask it whether i may see i
+        batch, length = states.shape[:2]
+        rows = torch.arange(batch, device=states.device).unsqueeze(-1)
+        positions = torch.arange(length, device=states.device).unsqueeze(0)
+        return mask.mask_mod(rows, torch.zeros_like(rows), positions, positions).expand(batch, length)
+    return None
+
+
+@functools.cache
+def _parameter_names(module_class: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(module_class.forward).parameters)[1:]  # without self
+
+
+def _arguments(module: nn.Module, args: tuple, kwargs: dict) -> tuple[Any, Tensor | None]:
+    """The attention mask and the hidden states, however the caller passed them."""
+    given = {**dict(zip(_parameter_names(type(module)), args, strict=False)), **kwargs}
+    states = given.get("hidden_states", args[0] if args else None)
+    return given.get("attention_mask"), states if isinstance(states, Tensor) and states.dim() == 3 else None

@@ -1,0 +1,87 @@
+"""From router logits to a `Routing`: which experts a token visits, and with what weight.
+
+Knows nothing of experts, losses or layers. A rule is a function `(router_logits, top_k) -> Routing`; adding one to
+`ROUTING_RULES` makes it a value of the config field `routing`.
+
+Letters: T tokens, E experts, K slots per token (the number of experts that a token visits).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """The result of routing: a value, not a module. Any rule makes it, any expert kernel takes it.
+
+    Attributes:
+        router_logits: `[T, E]`, at least fp32.
+        top_k_weights: `[T, K]`, same dtype as the logits; multiplies the expert's *output*.
+        top_k_index: `[T, K]` int64, no expert twice in a row; None means every expert in order (K == E).
+    """
+
+    router_logits: Tensor
+    top_k_weights: Tensor
+    top_k_index: Tensor | None
+
+
+RoutingRule = Callable[[Tensor, int], Routing]
+
+
+def routing_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Routing is done in fp32, or in fp64 where the caller computes in fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def softmax_top_k(router_logits: Tensor, top_k: int) -> Routing:
+    """Softmax over all experts, keep the `top_k` largest, rescale them to sum to 1 (Mixtral, MoLA, MixLoRA).
+
+    Computed as a softmax over the kept logits, which is the same function: the common denominator cancels.
+
+    Args:
+        router_logits: `[T, E]`.
+        top_k: 1 <= K <= E.
+    """
+    kept, index = router_logits.topk(top_k, dim=-1)
+    return Routing(router_logits, kept.softmax(dim=-1), index)
+
+
+def softmax(router_logits: Tensor, top_k: int) -> Routing:
+    """Every expert, weighted by its softmax probability (LoRAMoE, arXiv:2312.09979). `top_k` plays no part."""
+    return Routing(router_logits, router_logits.softmax(dim=-1), None)
+
+
+def top_1(router_logits: Tensor, top_k: int) -> Routing:
+    """The most probable expert, weighted by its probability, not rescaled (Switch Transformers, arXiv:2101.03961 eq. 2).
+
+    Rescaling would make the weight exactly 1, and the task loss would give the router no gradient.
+    """
+    weights, index = router_logits.softmax(dim=-1).topk(1, dim=-1)
+    return Routing(router_logits, weights, index)
+
+
+ROUTING_RULES: dict[str, RoutingRule] = {
+    "softmax_top_k": softmax_top_k,
+    "softmax": softmax,
+    "top_1": top_1,
+}
+"""The value of the config field `routing` -> the rule."""
+
+DENSE_RULES = frozenset({"softmax"})
+"""Rules under which every token visits every expert."""
+
+
+def dense_weights(routing: Routing) -> Tensor:
+    """The weights spread over all experts, `[T, E]`, zero where a token does not go."""
+    if routing.top_k_index is None:
+        return routing.top_k_weights
+    return torch.zeros_like(routing.router_logits).scatter(-1, routing.top_k_index, routing.top_k_weights)
+
+
+def assignments(routing: Routing) -> Tensor:
+    """How often each token chose each expert, `[T, E]` of 0 and 1 in the logits' dtype, without gradient."""
+    if routing.top_k_index is None:
+        return torch.ones_like(routing.router_logits)
+    return torch.zeros_like(routing.router_logits).scatter(-1, routing.top_k_index, 1.0)
