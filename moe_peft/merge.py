@@ -1,0 +1,248 @@
+"""One plain LoRA in place of a routed adapter, and what that costs, measured.
+
+A routed adapter is no weight, so no merge of it is exact (with one expert it is, and PEFT's own `merge_and_unload` does
+it). What can be had is the best static LoRA on calibration text. Writing h = A_cat x for the experts' hidden values,
+g for the weights of the token spread over the ranks, and z = [A_cat x ; R x] with R the router's rows, the least-squares
+read-out of the routed output from z is
+
+    Z = G S^-1,    S = sum z z^T,    G = sum (g * h) z^T,    W = s B_cat Z [A_cat ; R]
+
+(RegMean, arXiv:2212.09849, generalised to soft gates and restricted to z). The left factor B_cat cancels from the
+normal equations, so that the statistics of a layer are (E r + E)^2 numbers, whatever the width of the model and however
+much text is read, and the frozen weight is never touched: a 4-bit backbone stays as it is.
+"""
+
+import math
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from moe_peft.errors import nearest, refuse
+from moe_peft.routing import dense_weights, routing_dtype
+from moe_peft.tuners.linear_moe import LinearMoeLinear, RoutedLora
+
+
+METHODS = ("lstsq", "mean")
+"""How `fit_static` reads the routed output: least squares, or the mean weight of each expert."""
+
+Batch = dict[str, Any]
+
+
+class Factors(NamedTuple):
+    """One layer's static LoRA: `y + x @ A.T @ B.T`, with A `[rank, d_in]` and B `[d_out, rank]` in fp32."""
+
+    A: Tensor
+    B: Tensor
+
+
+def routed_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, LinearMoeLinear]:
+    """Module name -> layer, for every layer that holds the adapter; names as a stock PEFT checkpoint spells them."""
+    prefix = "base_model.model."
+    layers = {
+        name.removeprefix(prefix): module
+        for name, module in model.named_modules()
+        if isinstance(module, LinearMoeLinear) and module.holds(adapter_name)
+    }
+    if not layers:
+        raise ValueError(
+            f"No layer of this model holds a routed adapter named '{adapter_name}'. Load it first with "
+            "`PeftModel.from_pretrained`, or give its name."
+        )
+    return layers
+
+
+class _Statistics:
+    """S and G of one layer, accumulated in fp64 from a hook on its experts."""
+
+    def __init__(self, experts: RoutedLora) -> None:
+        n, rows = experts.num_experts * experts.r, 0 if experts.router is None else experts.num_experts
+        device = experts.lora_A.device
+        self.S = torch.zeros(n + rows, n + rows, dtype=torch.float64, device=device)
+        self.G = torch.zeros(n, n + rows, dtype=torch.float64, device=device)
+        self.gate_sum = torch.zeros(experts.num_experts, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def add(self, experts: RoutedLora, x: Tensor, real: Tensor | None) -> None:
+        tokens = x.reshape(-1, x.shape[-1])
+        tokens = tokens if real is None else tokens[real]
+        hidden, gates, logits = hidden_gates_logits(experts, tokens)
+        z = torch.cat((hidden, logits), dim=1) if experts.router is not None else hidden
+        spread = gates.repeat_interleave(experts.r, dim=1)
+        self.S += (z.T @ z).double()
+        self.G += ((spread * hidden).T @ z).double()
+        self.gate_sum += gates.sum(0).double()
+        self.tokens += tokens.shape[0]
+
+
+def hidden_gates_logits(experts: RoutedLora, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`(hidden [T, E r], weights over all experts [T, E], router logits [T, E])` in fp32, by the definition."""
+    x = tokens.to(routing_dtype(tokens.dtype))
+    hidden = x @ experts.lora_A.flatten(0, 1).to(x.dtype).T
+    if experts.router is None:
+        return hidden, x.new_ones(x.shape[0], 1), x.new_zeros(x.shape[0], 0)
+    logits = x @ experts.router.to(x.dtype).T
+    routing = experts.rule(logits * experts.router_scale, experts.top_k)
+    return hidden, dense_weights(routing), logits
+
+
+@contextmanager
+def observing(model: nn.Module, layers: dict[str, LinearMoeLinear], adapter_name: str, see: Any) -> Iterator[None]:
+    """Call `see(name, experts, x, y, real)` for every layer in every forward pass, with padding masked."""
+    handles = []
+    context = next(iter(layers.values())).context
+
+    def hook(name: str, experts: RoutedLora) -> Any:
+        def before(module: nn.Module, args: tuple) -> None:
+            x, y, _ = args
+            see(name, experts, x, y, context.real_tokens(x.shape[:-1], x.shape[:-1].numel()))
+
+        return experts.register_forward_pre_hook(before)
+
+    was_recording, was_training = context.recording, model.training
+    context.recording = True
+    model.eval()
+    try:
+        handles = [hook(name, layer.linear_moe_experts[adapter_name]) for name, layer in layers.items()]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        context.recording = was_recording
+        model.train(was_training)
+
+
+@torch.no_grad()
+def fit_static(
+    model: PeftModel,
+    calibration: Iterable[Batch],
+    rank: int | None = None,
+    method: str = "lstsq",
+    adapter_name: str = "default",
+) -> dict[str, Factors]:
+    """The static LoRA of each layer that comes closest to the routed adapter on the calibration text.
+
+    Args:
+        model: with the routed adapter active; frozen weights, 4-bit or not, are left as they are.
+        calibration: batches for `model(**batch)`; 128 to 512 sequences of the training mix are enough.
+        rank: of the result; None keeps every direction (number of experts x r of the layer), which costs nothing on
+            calibration text but parameters. Truncation minimises the error of the output on that text.
+        method: "lstsq", or "mean" for the mean weight of each expert.
+        adapter_name: which adapter.
+
+    Raises:
+        ValueError: unknown method, rank below 1, or no calibration text.
+    """
+    if method not in METHODS:
+        raise refuse("method", method, "one of " + ", ".join(map(repr, METHODS)), nearest(method, METHODS))
+    if rank is not None and rank < 1:
+        raise refuse("rank", rank, "a whole number of at least 1, or None", "None keeps every direction.")
+    layers = routed_layers(model, adapter_name)
+    statistics = {name: _Statistics(layer.linear_moe_experts[adapter_name]) for name, layer in layers.items()}
+
+    def see(name: str, experts: RoutedLora, x: Tensor, y: Tensor, real: Tensor | None) -> None:
+        statistics[name].add(experts, x, real)
+
+    with observing(model, layers, adapter_name, see):
+        for batch in calibration:
+            model(**batch)
+    if not all(s.tokens for s in statistics.values()):
+        raise ValueError("The calibration text holds no token. Give at least a few sequences of the training mix.")
+    return {
+        name: _solve(layer.linear_moe_experts[adapter_name], statistics[name], rank, method)
+        for name, layer in layers.items()
+    }
+
+
+def _solve(experts: RoutedLora, stats: _Statistics, rank: int | None, method: str) -> Factors:
+    """From the statistics to two factors, the truncation weighted by the data."""
+    n = experts.num_experts * experts.r
+    rows = experts.lora_A.flatten(0, 1).double()
+    if experts.router is not None:
+        rows = torch.cat((rows, experts.router.double()))
+    B = experts.scaling * experts.lora_B.flatten(0, 1).double().T  # [d_out, n]
+    S = stats.S + 1e-6 * stats.S.diagonal().mean().clamp(min=1e-12) * torch.eye(rows.shape[0], device=rows.device)
+    if method == "mean":
+        gates = (stats.gate_sum / stats.tokens).repeat_interleave(experts.r)
+        Z = torch.zeros(n, rows.shape[0], dtype=torch.float64, device=rows.device)
+        Z[:, :n] = torch.diag(gates)
+    else:
+        Z = torch.linalg.solve(S, stats.G.T).T
+    L = torch.linalg.cholesky(S)
+    Q, R = torch.linalg.qr(B)
+    U, sigma, Vh = torch.linalg.svd(R @ Z @ L, full_matrices=False)
+    keep = min(rank or n, sigma.numel(), math.prod(sigma.shape))
+    A = torch.linalg.solve_triangular(L, Vh[:keep], upper=False, left=False) @ rows
+    return Factors(A.float(), (Q @ U[:, :keep] * sigma[:keep]).float())
+
+
+def factors_to_peft(factors: dict[str, Factors], base_model: str | None) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The config and state dict of a plain PEFT LoRA whose scale is exactly 1, for any PEFT and LoRA server.
+
+    Layers may differ in rank: the smallest is the LoRA's, the rest stand in `rank_pattern` and `alpha_pattern`.
+    """
+    ranks = {name: f.A.shape[0] for name, f in factors.items()}
+    r = min(ranks.values())
+    pattern = {name: value for name, value in ranks.items() if value != r}
+    config = LoraConfig(
+        r=r,
+        lora_alpha=r,
+        target_modules=sorted(factors),
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_model,
+        inference_mode=True,
+    )
+    state = {}
+    for name, f in factors.items():
+        state[f"base_model.model.{name}.lora_A.weight"] = f.A.contiguous().cpu()
+        state[f"base_model.model.{name}.lora_B.weight"] = f.B.contiguous().cpu()
+    return config, state
+
+
+@contextmanager
+def instead_of_routing(model: PeftModel, factors: dict[str, Factors], adapter_name: str = "default") -> Iterator[None]:
+    """Run the model with the static factors in place of the routed adapter, without loading anything."""
+    handles = []
+
+    def hook(f: Factors) -> Any:
+        def after(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            delta = args[0].to(f.A.dtype) @ f.A.T @ f.B.T
+            return output + delta.to(output.dtype)
+
+        return after
+
+    layers = routed_layers(model, adapter_name)
+    with model.disable_adapter():
+        try:
+            handles = [layer.register_forward_hook(hook(factors[name])) for name, layer in layers.items()]
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def save_static(factors: dict[str, Factors], folder: Path, base_model: str | None) -> LoraConfig:
+    """Write the static LoRA as a plain PEFT adapter, in place of whatever was in `folder`, in one step.
+
+    Args:
+        folder: gets `adapter_config.json` and `adapter_model.safetensors`.
+        base_model: what the config names as its base.
+    """
+    config, state = factors_to_peft(factors, base_model)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
+        whole = Path(beside) / "whole"
+        config.save_pretrained(str(whole))
+        save_file(state, whole / "adapter_model.safetensors", metadata={"format": "pt"})
+        if folder.exists():
+            folder.rename(Path(beside) / "old")
+        whole.rename(folder)
+    return config

@@ -1,0 +1,208 @@
+"""
+Suites: what an adapter is trained on and scored by. Eight domains each, told apart by a cue in the prompt.
+
+| suite        | what a domain is                                        | conflict | test rows              |
+|--------------|---------------------------------------------------------|----------|------------------------|
+| `fact8tag`   | a tag with its own table of facts about the same people | yes      | the training rows      |
+| `cipher8tag` | a tag with its own secret substitution of letters       | yes      | texts never trained on |
+| `opconf8tag` | a tag that makes something new of `do:`                 | yes      | texts never trained on |
+| `multi`      | a new word for two known skills, one after the other    | no       | texts never trained on |
+
+`fact8tag` is a test of memory, on purpose: nobody can infer a fact, so it is scored on the facts that were taught. The
+other three test generalisation: within a domain, no text is in both halves. `knowledge_probe` tells what the backbone
+has forgotten meanwhile.
+
+Rows depend on the arguments alone and are the same in every process and on every machine.
+"""
+
+import difflib
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from .world import ATTRIBUTES, LETTERS, PHRASINGS, SKILLS, TAGGED_SKILLS, Row, fact_rows, make_world, random_text
+
+
+TAGS = tuple("ABCDEFGH")
+NEW_WORDS = ("bim", "dok", "fep", "gux", "hob", "jat", "kiv", "lum")
+
+# Skills that answer a text of two or more lower-case letters with another such text, and so can follow one another.
+COMPOSABLE_SKILLS = ("rev", "next", "prev", "swap", "rotl", "rotr", "dbl", "sort")
+
+
+class Suite(NamedTuple):
+    """`train` and `test` rows are shuffled, and the `domain` of each is among `domains`."""
+
+    name: str
+    domains: tuple[str, ...]
+    train: list[Row]
+    test: list[Row]
+
+
+def fact8tag(seed: int, num_people: int = 48, attributes: Sequence[str] = ("town",)) -> Suite:
+    """
+    `C|Bodam town>`: eight tables of facts that contradict one another and the backbone's own.
+
+    No two tags agree on any person, and none agrees with the world. Train and test are the same `8 * num_people *
+    len(attributes)` rows: what is asked is what was taught.
+    """
+    rng = random.Random(f"fact8tag/{seed}")
+    world = make_world()
+    if not 1 <= num_people <= len(world.people):
+        raise ValueError(
+            f"`num_people` is {num_people}, but the world has people for 1 to {len(world.people)}. Choose one of these."
+        )
+    unknown = [attribute for attribute in attributes if attribute not in ATTRIBUTES]
+    if unknown or not attributes:
+        raise ValueError(
+            f"`attributes` is {attributes!r}, but it must name at least one of {', '.join(ATTRIBUTES)} and nothing else. "
+            f"Choose among these."
+        )
+    rows: list[Row] = []
+    for person in rng.sample(world.people, k=num_people):
+        for attribute in attributes:
+            others = [value for value in ATTRIBUTES[attribute] if value != world.facts[person, attribute]]
+            question = PHRASINGS[0].format(person=person, attribute=attribute)
+            values = zip(TAGS, rng.sample(others, k=len(TAGS)), strict=True)
+            rows += [Row(prompt=f"{tag}|{question}", completion=value, domain=tag) for tag, value in values]
+    rng.shuffle(rows)
+    return Suite("fact8tag", TAGS, rows, [row.copy() for row in rows])
+
+
+def cipher8tag(
+    seed: int, num_letters: int = 26, shortest: int = 2, longest: int = 5, num_train: int = 600, num_test: int = 64
+) -> Suite:
+    """
+    `C|enc:abc>`: eight secret substitutions of the first `num_letters` letters; no two agree on any letter.
+
+    `num_train` and `num_test` count texts per domain; a text has `shortest` to `longest` letters.
+    """
+    letters = LETTERS[:num_letters]
+    if num_letters < len(TAGS) or num_letters > len(LETTERS):
+        raise ValueError(
+            f"`num_letters` is {num_letters}, but eight substitutions that agree on no letter need {len(TAGS)} to "
+            f"{len(LETTERS)}. Choose one of these."
+        )
+    rng = random.Random(f"cipher8tag/{seed}")
+    ciphers: list[str] = []
+    while len(ciphers) < len(TAGS):
+        cipher = "".join(rng.sample(letters, k=num_letters))
+        if all(new != old for earlier in ciphers for new, old in zip(cipher, earlier, strict=True)):
+            ciphers.append(cipher)
+    tasks = {tag: (f"{tag}|enc", _substitution(letters, cipher)) for tag, cipher in zip(TAGS, ciphers, strict=True)}
+    texts = _text_halves(rng, letters, shortest, longest, num_train, num_test)
+    return _text_suite("cipher8tag", rng, tasks, texts)
+
+
+def opconf8tag(
+    seed: int, depth: int = 2, shortest: int = 3, longest: int = 6, num_train: int = 600, num_test: int = 64
+) -> Suite:
+    """
+    `C|do:abc>`: under each tag, `do:` means something else than the backbone was taught, and than under the others.
+
+    It is `depth` of the `COMPOSABLE_SKILLS`, one after the other. `num_train` and `num_test` count texts per domain.
+    """
+    rng = random.Random(f"opconf8tag/{seed}")
+    chains = _new_chains(rng, depth)
+    tasks = {tag: (f"{tag}|do", chain) for tag, chain in zip(TAGS, chains, strict=True)}
+    return _text_suite("opconf8tag", rng, tasks, _text_halves(rng, LETTERS, shortest, longest, num_train, num_test))
+
+
+def multi(seed: int, shortest: int = 3, longest: int = 6, num_train: int = 600, num_test: int = 64) -> Suite:
+    """`bim:abc>`: eight new words, each for two known skills in a row. Nothing conflicts: sharing costs nothing."""
+    rng = random.Random(f"multi/{seed}")
+    tasks = {word: (word, chain) for word, chain in zip(NEW_WORDS, _new_chains(rng, 2), strict=True)}
+    return _text_suite("multi", rng, tasks, _text_halves(rng, LETTERS, shortest, longest, num_train, num_test))
+
+
+SUITES: dict[str, Callable[..., Suite]] = {
+    "fact8tag": fact8tag,
+    "cipher8tag": cipher8tag,
+    "opconf8tag": opconf8tag,
+    "multi": multi,
+}
+
+
+def make_suite(name: str, seed: int = 0, **difficulty: object) -> Suite:
+    """The suite of that name in `SUITES`; `difficulty` are its keyword arguments. Unknown names raise `ValueError`."""
+    if name not in SUITES:
+        nearest = difflib.get_close_matches(name, SUITES, n=1, cutoff=0)[0]
+        raise ValueError(
+            f"`name` is {name!r}, which is no suite. The suites are {', '.join(SUITES)}; the nearest is {nearest!r}."
+        )
+    return SUITES[name](seed, **difficulty)
+
+
+def knowledge_probe(phrasing: int = 0) -> list[Row]:
+    """The 480 facts the backbone was pre-trained on, in one of the two `PHRASINGS`; a row's domain is its attribute."""
+    return fact_rows(make_world(), phrasing)
+
+
+def _text_halves(
+    rng: random.Random, letters: str, shortest: int, longest: int, num_train: int, num_test: int
+) -> Iterator[tuple[list[str], list[str]]]:
+    """For one domain after another, `num_train` and `num_test` texts, all of them different."""
+    possible = sum(len(letters) ** length for length in range(shortest, longest + 1))
+    # Half of all there are: above that, drawing until enough differ becomes slow.
+    if not 0 < num_train + num_test <= possible // 2:
+        raise ValueError(
+            f"`num_train` + `num_test` is {num_train + num_test} texts per domain, but with {len(letters)} letters, "
+            f"`shortest`={shortest} and `longest`={longest} it may be 1 to {possible // 2}. Ask for fewer texts, or "
+            f"for longer ones."
+        )
+    while True:
+        texts: dict[str, None] = {}
+        while len(texts) < num_train + num_test:
+            texts[random_text(rng, shortest, longest, letters)] = None
+        yield list(texts)[:num_train], list(texts)[num_train:]
+
+
+def _text_suite(
+    name: str,
+    rng: random.Random,
+    tasks: dict[str, tuple[str, Callable[[str], str]]],
+    texts: Iterator[tuple[list[str], list[str]]],
+) -> Suite:
+    """A suite whose domain `d` asks `{cue}:{text}>` and wants `answer(text)`, where `cue, answer = tasks[d]`."""
+    train: list[Row] = []
+    test: list[Row] = []
+    for (domain, (cue, answer)), halves in zip(tasks.items(), texts, strict=False):
+        for rows, half in zip((train, test), halves, strict=True):
+            rows += [Row(prompt=f"{cue}:{text}>", completion=answer(text), domain=domain) for text in half]
+    rng.shuffle(train)
+    rng.shuffle(test)
+    return Suite(name, tuple(tasks), train, test)
+
+
+def _substitution(letters: str, cipher: str) -> Callable[[str], str]:
+    table = str.maketrans(letters, cipher)
+    return lambda text: text.translate(table)
+
+
+def _chain(skills: Sequence[str]) -> Callable[[str], str]:
+    """The skills one after the other, the first one first."""
+
+    def apply(text: str) -> str:
+        for skill in skills:
+            text = SKILLS[skill](text)
+        return text
+
+    return apply
+
+
+def _new_chains(rng: random.Random, depth: int) -> list[Callable[[str], str]]:
+    """Eight chains of `depth` skills that answer differently from one another; the n-th not as the n-th tag does."""
+    if depth not in (1, 2, 3):
+        raise ValueError(
+            f"`depth` is {depth}, the number of skills in a row. It may be 1, 2 or 3; choose one of these."
+        )
+    # Chains that agree on these texts are the same function (`rev` twice is `copy`); one of them is enough.
+    probes = ("fbdace", "qwertyu")
+    different = {tuple(map(_chain(c), probes)): c for c in itertools.product(COMPOSABLE_SKILLS, repeat=depth)}
+    known = {tuple(map(skill, probes)) for skill in SKILLS.values()} if depth > 1 else set()
+    chains = [chain for answers, chain in different.items() if answers not in known]
+    while True:
+        drawn = rng.sample(chains, k=len(TAGS))
+        if all(chain != (TAGGED_SKILLS[tag],) for tag, chain in zip(TAGS, drawn, strict=True)):
+            return [_chain(chain) for chain in drawn]
