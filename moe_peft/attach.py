@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from moe_peft.balance import LOAD_WINDOW, expert_counts, localized_loss, switch_gradient
+from moe_peft.errors import refuse
 from moe_peft.routing import Routing, RoutingRule, dense_weights
 
 
-_aux_scale = torch.ones(())
+_aux_scale = torch.ones((), dtype=torch.float64)  # a scalar of no dimension: products take the other factor's dtype
 
 
 def set_aux_scale(scale: float) -> None:
@@ -110,13 +111,24 @@ def localized_step(delta: float, variant: str = "cv2") -> BalanceGradient:
         top_k: int,
     ) -> Tensor:
         if task_types is None:
-            raise ValueError("localized balance without task types")
+            raise _no_task_types()
         with torch.enable_grad():
             logits = routing.router_logits.detach().requires_grad_()
             loss = localized_loss(rule(logits, top_k), task_types, delta, real, variant)
             return torch.autograd.grad(loss, logits)[0]
 
     return step
+
+
+def _no_task_types() -> ValueError:
+    return refuse(
+        "balance",
+        "localized",
+        "'none' where the model is not told the samples' task types",
+        "Add a column `task_type` to the data set (0 for world knowledge, 1 for other tasks) and wrap the trainer's "
+        "collator: `trainer.data_collator = moe_peft.TaskTypeCollator(trainer.data_collator)`, with "
+        "`remove_unused_columns=False`. A loop of your own calls `model(..., task_types=tensor)`, one number per row.",
+    )
 
 
 class _Balanced(Function):
@@ -205,23 +217,42 @@ class RoutingContext:
             if not hooked:
                 module.register_forward_pre_hook(self._before_attention, with_kwargs=True)
 
-    def real_tokens(self, leading: torch.Size, tokens: int) -> Tensor | None:
-        """The mask for an input whose shape is `[*leading, d]`, flattened to `[tokens]`; None when all are real."""
+    def release(self, model: nn.Module) -> None:
+        """Take the hooks off again, for when the model gets its linear layers back."""
+        for module in model.modules():
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if getattr(hook, "__self__", None) is self:
+                    del module._forward_pre_hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+    def real_tokens(self, tokens: int) -> Tensor | None:
+        """The mask for an input of that many tokens, `[tokens]`; None when all are real."""
         if self.real is None or self.real.numel() != tokens:
             return None
         return self.real.reshape(-1)
 
+    def required_task_types(self) -> Tensor:
+        """The samples' task types, `[B]`.
+
+        Raises:
+            ValueError: if the model was not told.
+        """
+        if self.task_types is None:
+            raise _no_task_types()
+        return self.task_types
+
     def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        task_types = kwargs.get("task_types")
         if "task_types" in kwargs:
-            kwargs = dict(kwargs)
-            self.task_types = kwargs.pop("task_types")
-        else:
-            self.task_types = None
-        if self.recording or (module.training and torch.is_grad_enabled()):
-            mask, states = _arguments(module, args, kwargs)
-            self.real = real_from_mask(mask, states)
-        else:
-            self.real = None
+            kwargs = {name: value for name, value in kwargs.items() if name != "task_types"}
+        given = {**dict(zip(_parameter_names(type(module)), args, strict=False)), **kwargs}
+        if given.get("key_value_states") is not None or given.get("encoder_hidden_states") is not None:
+            return args, kwargs  # cross-attention: its mask is about another sequence
+        states = given.get("hidden_states", args[0] if args else None)
+        states = states if isinstance(states, Tensor) and states.dim() == 3 else None
+        self.task_types = None if task_types is None else _one_per_row(task_types, states)
+        watched = self.recording or (module.training and torch.is_grad_enabled())
+        self.real = real_from_mask(given.get("attention_mask"), states) if watched else None
         return args, kwargs
 
 
@@ -244,6 +275,9 @@ def real_from_mask(mask: Any, states: Tensor | None) -> Tensor | None:
             return mask[:, -length:].bool()
         if mask.dim() == 4:
             queries, keys = mask.shape[-2:]
+            if queries == 1 and states is not None:  # the same for all queries
+                row = mask[:, 0, 0, -states.shape[1] :]
+                return row if mask.dtype == torch.bool else row == 0
             diagonal = mask[:, 0].diagonal(offset=max(keys - queries, 0), dim1=-2, dim2=-1)
             return diagonal if mask.dtype == torch.bool else diagonal == 0
         return None
@@ -260,8 +294,14 @@ def _parameter_names(module_class: type[nn.Module]) -> tuple[str, ...]:
     return tuple(inspect.signature(module_class.forward).parameters)[1:]  # without self
 
 
-def _arguments(module: nn.Module, args: tuple, kwargs: dict) -> tuple[Any, Tensor | None]:
-    """The attention mask and the hidden states, however the caller passed them."""
-    given = {**dict(zip(_parameter_names(type(module)), args, strict=False)), **kwargs}
-    states = given.get("hidden_states", args[0] if args else None)
-    return given.get("attention_mask"), states if isinstance(states, Tensor) and states.dim() == 3 else None
+def _one_per_row(task_types: Tensor, states: Tensor | None) -> Tensor:
+    if task_types.dim() != 1 or (states is not None and task_types.shape[0] != states.shape[0]):
+        rows = "one number per row" if states is None else f"{states.shape[0]} numbers, one per row of the batch"
+        raise refuse(
+            "task_types",
+            list(task_types.shape),
+            f"of the shape of {rows}",
+            "With packing or padding-free batches one row holds several samples: turn both off, or set `balance` to "
+            "'none'.",
+        )
+    return task_types

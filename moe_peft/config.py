@@ -26,6 +26,9 @@ class MoeConfig(PeftConfig):
             layer. Parameters grow linearly with it.
         num_experts (`int`, `str` or `list[int]`, *optional*, defaults to 8):
             Experts per adapted layer, written like `r` ("2:4:6:8" is MoLA's allocation).
+        num_shared_experts (`int`, *optional*, defaults to 0):
+            Further experts of the same rank that every token visits with weight 1 (DeepSeekMoE). They take up what all
+            tokens have in common and learn as fast as plain LoRA; the routed ones are left with the differences.
         top_k (`int`, *optional*):
             Experts that each token visits. Defaults to 2 under `routing="softmax_top_k"`; the other rules fix it.
         lora_alpha (`int` or `float`, *optional*, defaults to 16):
@@ -58,6 +61,7 @@ class MoeConfig(PeftConfig):
 
     r: Allocation = field(default=8, metadata={"help": "Rank of one expert."})
     num_experts: Allocation = field(default=8, metadata={"help": "Experts per adapted layer."})
+    num_shared_experts: int = field(default=0, metadata={"help": "Further experts that every token visits."})
     top_k: int | None = field(default=None, metadata={"help": "Experts that each token visits."})
     lora_alpha: int | float = field(default=16, metadata={"help": "Scale of the experts' output, over r."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r)."})
@@ -111,6 +115,9 @@ class LinearMoeConfig(MoeConfig):
 def _check_numbers(config: MoeConfig) -> None:
     parse(config.r, "r")
     parse(config.num_experts, "num_experts")
+    shared = config.num_shared_experts
+    if isinstance(shared, bool) or not isinstance(shared, int) or shared < 0:
+        raise refuse("num_shared_experts", shared, "a whole number of at least 0", "1 or 2 are common, 0 is none.")
     if config.lora_alpha <= 0:
         raise refuse("lora_alpha", config.lora_alpha, "a positive number", "16 is a common choice.")
     if not 0.0 <= config.lora_dropout < 1.0:

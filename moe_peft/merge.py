@@ -12,7 +12,6 @@ normal equations, so that the statistics of a layer are (E r + E)^2 numbers, wha
 much text is read, and the frozen weight is never touched: a 4-bit backbone stays as it is.
 """
 
-import math
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -62,11 +61,11 @@ class _Statistics:
     """S and G of one layer, accumulated in fp64 from a hook on its experts."""
 
     def __init__(self, experts: RoutedLora) -> None:
-        n, rows = experts.num_experts * experts.r, 0 if experts.router is None else experts.num_experts
+        n, rows = experts.lora_A.shape[0] * experts.r, 0 if experts.router is None else experts.num_experts
         device = experts.lora_A.device
         self.S = torch.zeros(n + rows, n + rows, dtype=torch.float64, device=device)
         self.G = torch.zeros(n, n + rows, dtype=torch.float64, device=device)
-        self.gate_sum = torch.zeros(experts.num_experts, dtype=torch.float64, device=device)
+        self.gate_sum = torch.zeros(experts.lora_A.shape[0], dtype=torch.float64, device=device)
         self.tokens = 0
 
     def add(self, experts: RoutedLora, x: Tensor, real: Tensor | None) -> None:
@@ -82,14 +81,15 @@ class _Statistics:
 
 
 def hidden_gates_logits(experts: RoutedLora, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`(hidden [T, E r], weights over all experts [T, E], router logits [T, E])` in fp32, by the definition."""
+    """`(hidden [T, (E + S) r], weights [T, E + S], router logits [T, E])` in fp32, by the definition; S shared experts."""
     x = tokens.to(routing_dtype(tokens.dtype))
     hidden = x @ experts.lora_A.flatten(0, 1).to(x.dtype).T
     if experts.router is None:
-        return hidden, x.new_ones(x.shape[0], 1), x.new_zeros(x.shape[0], 0)
+        return hidden, x.new_ones(x.shape[0], 1 + experts.num_shared), x.new_zeros(x.shape[0], 0)
     logits = x @ experts.router.to(x.dtype).T
     routing = experts.rule(logits * experts.router_scale, experts.top_k)
-    return hidden, dense_weights(routing), logits
+    shared = x.new_ones(x.shape[0], experts.num_shared)
+    return hidden, torch.cat((dense_weights(routing), shared), dim=1), logits
 
 
 @contextmanager
@@ -101,7 +101,7 @@ def observing(model: nn.Module, layers: dict[str, LinearMoeLinear], adapter_name
     def hook(name: str, experts: RoutedLora) -> Any:
         def before(module: nn.Module, args: tuple) -> None:
             x, y, _ = args
-            see(name, experts, x, y, context.real_tokens(x.shape[:-1], x.shape[:-1].numel()))
+            see(name, experts, x, y, context.real_tokens(x.shape[:-1].numel()))
 
         return experts.register_forward_pre_hook(before)
 
@@ -162,23 +162,24 @@ def fit_static(
 
 def _solve(experts: RoutedLora, stats: _Statistics, rank: int | None, method: str) -> Factors:
     """From the statistics to two factors, the truncation weighted by the data."""
-    n = experts.num_experts * experts.r
+    n = experts.lora_A.shape[0] * experts.r
     rows = experts.lora_A.flatten(0, 1).double()
     if experts.router is not None:
         rows = torch.cat((rows, experts.router.double()))
     B = experts.scaling * experts.lora_B.flatten(0, 1).double().T  # [d_out, n]
-    S = stats.S + 1e-6 * stats.S.diagonal().mean().clamp(min=1e-12) * torch.eye(rows.shape[0], device=rows.device)
+    values, vectors = torch.linalg.eigh(stats.S)
+    values = values.clamp(min=1e-6 * float(values.mean().clamp(min=1e-12)))  # calibration text may not span z
+    root, inverse_root = vectors * values.sqrt(), (vectors / values.sqrt()).T  # root @ root.T = S
     if method == "mean":
         gates = (stats.gate_sum / stats.tokens).repeat_interleave(experts.r)
         Z = torch.zeros(n, rows.shape[0], dtype=torch.float64, device=rows.device)
         Z[:, :n] = torch.diag(gates)
     else:
-        Z = torch.linalg.solve(S, stats.G.T).T
-    L = torch.linalg.cholesky(S)
+        Z = stats.G @ (vectors / values) @ vectors.T
     Q, R = torch.linalg.qr(B)
-    U, sigma, Vh = torch.linalg.svd(R @ Z @ L, full_matrices=False)
-    keep = min(rank or n, sigma.numel(), math.prod(sigma.shape))
-    A = torch.linalg.solve_triangular(L, Vh[:keep], upper=False, left=False) @ rows
+    U, sigma, Vh = torch.linalg.svd(R @ Z @ root, full_matrices=False)
+    keep = min(rank or n, sigma.numel())
+    A = Vh[:keep] @ inverse_root @ rows
     return Factors(A.float(), (Q @ U[:, :keep] * sigma[:keep]).float())
 
 

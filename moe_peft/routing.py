@@ -73,6 +73,20 @@ DENSE_RULES = frozenset({"softmax"})
 """Rules under which every token visits every expert."""
 
 
+def with_shared(routing: Routing, num_shared: int) -> Routing:
+    """Every token also visits `num_shared` experts that stand behind the routed ones, with weight 1 (DeepSeekMoE,
+    arXiv:2401.06066). For the experts' kernel only: balance losses look at the routed experts alone."""
+    if num_shared == 0:
+        return routing
+    tokens, num_experts = routing.router_logits.shape
+    ones = routing.top_k_weights.new_ones(tokens, num_shared)
+    weights = torch.cat((routing.top_k_weights, ones), dim=1)
+    if routing.top_k_index is None:
+        return routing._replace(top_k_weights=weights)
+    shared = torch.arange(num_experts, num_experts + num_shared, device=ones.device).expand(tokens, -1)
+    return routing._replace(top_k_weights=weights, top_k_index=torch.cat((routing.top_k_index, shared), dim=1))
+
+
 def dense_weights(routing: Routing) -> Tensor:
     """The weights spread over all experts, `[T, E]`, zero where a token does not go."""
     if routing.top_k_index is None:

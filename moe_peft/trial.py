@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from transformers import TrainerCallback
 
-from moe_peft.pocket import POCKET_DIR, Row, Suite, exact_match, knowledge_probe, per_domain
+from moe_peft.backbone import load_backbone, load_tokenizer
+from moe_peft.pocket import Row, Suite, exact_match, knowledge_probe, per_domain
 
 
 class TrialSettings(NamedTuple):
@@ -58,20 +59,9 @@ class TrialResult(NamedTuple):
 
 def load_pocket(quantize: bool = True) -> tuple[Any, Any]:
     """The pocket backbone and its tokenizer; NF4 with double quantisation by default."""
-    kwargs: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
-    if quantize:
-        kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-        )
-        kwargs["device_map"] = {"": 0 if torch.cuda.is_available() else "cpu"}
-    model = AutoModelForCausalLM.from_pretrained(POCKET_DIR, **kwargs)
-    for module in model.modules():  # see tuners.base: evaluation would repack the weights for inference only
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return model, AutoTokenizer.from_pretrained(POCKET_DIR)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_backbone("pocket", "4bit" if quantize else "none", device, dtype=torch.float32)
+    return model, load_tokenizer("pocket")
 
 
 def tokenized(rows: list[Row], tokenizer: Any) -> Any:

@@ -6,7 +6,7 @@ serves plain and quantised linears alike; only an exact merge reads its weight, 
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -31,8 +31,8 @@ from moe_peft.config import MoeConfig
 
 _LAYER_NUMBER = re.compile(r"(?P<layers>.*?\.[^.]*)\.(?P<number>\d+)\.")
 
-_after_injection: list[Any] = []
-"""Called with the model after each injection; `moe_peft.callbacks` puts its trainer hook here."""
+after_injection: list[Callable[[bool], None]] = []
+"""Called after each injection with whether the adapter is to be trained; the package puts its trainer hook here."""
 
 
 def linear_features(module: nn.Module) -> tuple[int, int]:
@@ -68,10 +68,6 @@ class MoeTunerLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._packed_weight: nn.Parameter | None = None
-        # bitsandbytes repacks a 4-bit weight in place on AVX512-BF16 CPUs the first time it sees eval(); training and
-        # dequantising after that are wrong. The package's own switch keeps it from doing so.
-        if hasattr(self.get_base_layer(), "support_avx512bf16_for_cpu"):
-            self.get_base_layer().support_avx512bf16_for_cpu = False
 
     @abstractmethod
     def add_experts_output(self, x: Tensor, y: Tensor, adapter_name: str) -> Tensor:
@@ -107,7 +103,14 @@ class MoeTunerLayer(nn.Module, BaseTunerLayer):
 
     def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if self.merged:
-            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please unmerge them first.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
         y = self.base_layer(x, *args, **kwargs)
         parts = y.clone()
         for name in sorted(set(adapter_names)):
@@ -196,10 +199,25 @@ class MoeTuner(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a layer in the place of its base layer, on the same device, or the base layer back in its own place."""
+        if isinstance(new_module, MoeTunerLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            # PEFT would assign weight and bias as well, which are this layer's own already, and which a merged
+            # trainable-token layer shows as a plain tensor that cannot be assigned.
+            setattr(parent, child_name, new_module)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        for hook in _after_injection:
-            hook()
+        # bitsandbytes repacks a 4-bit weight in place on AVX512-BF16 CPUs the first time it sees eval(). After that it
+        # dequantises wrongly and gives its input no gradient, on layers without an adapter too: the ones below stop
+        # learning. The library's own switch keeps it from doing so.
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+        for hook in after_injection:
+            hook(not self.peft_config[adapter_name].inference_mode)
 
     def _context(self) -> RoutingContext:
         for module in self.model.modules():
@@ -234,7 +252,10 @@ class MoeTuner(BaseTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
             self._refuse_routed(kwargs.get("adapter_names"))
-        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        context = self._context()
+        base = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        context.release(base)  # hooks that stayed would take `task_types` from those of the next adapter
+        return base
 
     def _refuse_routed(self, adapter_names: list[str] | None) -> None:
         """Raise before any layer is touched: an error half way would leave the model half merged."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moe_peft.attach import BalanceGradient, RouterState, RoutingContext, balanced, localized_step, switch_step
 from moe_peft.config import LinearMoeConfig, MoeConfig
 from moe_peft.experts import experts_out, stacked_in
-from moe_peft.routing import DENSE_RULES, ROUTING_RULES, routing_dtype
+from moe_peft.routing import DENSE_RULES, ROUTING_RULES, routing_dtype, with_shared
 from moe_peft.tuners.base import MoeTuner, MoeTunerLayer
 
 
@@ -23,14 +23,16 @@ class RoutedLora(nn.Module):
     """One adapter on one linear layer: its router and experts. A leaf whose own forward consumes its weights.
 
     Parameters, all of one dtype (FSDP2 asks for that; routing is computed in fp32 all the same):
-        lora_A `[E, r, d_in]`, lora_B `[E, r, d_out]`, router `[E, d_in]`. With one expert there is no router.
+        lora_A `[E + S, r, d_in]`, lora_B `[E + S, r, d_out]`, router `[E, d_in]`. The last S experts are shared: every
+        token visits them with weight 1. With one routed expert there is no router.
     """
 
     def __init__(self, config: MoeConfig, d_in: int, d_out: int, num_experts: int, r: int) -> None:
         super().__init__()
-        self.num_experts, self.r = num_experts, r
-        self.lora_A = nn.Parameter(torch.empty(num_experts, r, d_in))
-        self.lora_B = nn.Parameter(torch.empty(num_experts, r, d_out))
+        self.num_experts, self.num_shared, self.r = num_experts, config.num_shared_experts, r
+        stacked = num_experts + self.num_shared
+        self.lora_A = nn.Parameter(torch.empty(stacked, r, d_in))
+        self.lora_B = nn.Parameter(torch.empty(stacked, r, d_out))
         self.router = nn.Parameter(torch.empty(num_experts, d_in)) if num_experts > 1 else None
         self.scaling = config.lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         self.dropout = config.lora_dropout
@@ -75,15 +77,15 @@ class RoutedLora(nn.Module):
         tokens = x.reshape(-1, x.shape[-1]).to(dtype)
         lora_B = self.lora_B.to(dtype)
         if self.router is None:
-            hidden = _dropout(tokens, self.dropout, self.training) @ self.lora_A[0].to(dtype).T
-            weights = hidden.new_full((hidden.shape[0], 1), self.scaling)
+            hidden = _dropout(tokens, self.dropout, self.training) @ self.lora_A.flatten(0, 1).to(dtype).T
+            weights = hidden.new_full((hidden.shape[0], 1 + self.num_shared), self.scaling)
             return _add(y, hidden, lora_B, weights, None)
         hidden, logits = self._hidden_and_logits(tokens, dtype)
         logits = logits.to(routing_dtype(dtype))
         if self.router_scale != 1.0:
             logits = logits * self.router_scale
-        logits = self._observed(logits, x, context)
-        routing = self.rule(logits, self.top_k)
+        logits = self._observed(logits, context)
+        routing = with_shared(self.rule(logits, self.top_k), self.num_shared)
         return _add(y, hidden, lora_B, routing.top_k_weights * self.scaling, routing.top_k_index)
 
     def _hidden_and_logits(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -91,9 +93,12 @@ class RoutedLora(nn.Module):
         if self.training and self.dropout:  # the router sees the input without dropout, so there are two products
             hidden = _dropout(tokens, self.dropout, True) @ self.lora_A.flatten(0, 1).to(dtype).T
             return hidden, tokens @ self.router.to(dtype).T
-        if torch.is_grad_enabled():
+        # In training without gradients too: a re-entrant checkpoint runs the layer so first, and the last bit can decide
+        # which expert a token visits.
+        if self.training or torch.is_grad_enabled():
             return stacked_in(tokens, self.lora_A.to(dtype), self.router.to(dtype))
-        hidden, logits = (tokens @ self._stacked(dtype).T).split((self.num_experts * self.r, self.num_experts), dim=1)
+        both = tokens @ self._stacked(dtype).T
+        hidden, logits = both.split((both.shape[1] - self.num_experts, self.num_experts), dim=1)
         return hidden, logits
 
     def _stacked(self, dtype: torch.dtype) -> Tensor:
@@ -107,17 +112,18 @@ class RoutedLora(nn.Module):
             self._stack = (key, torch.cat((A.detach().flatten(0, 1), R.detach())).to(dtype))
         return self._stack[1]
 
-    def _observed(self, logits: Tensor, x: Tensor, context: RoutingContext) -> Tensor:
+    def _observed(self, logits: Tensor, context: RoutingContext) -> Tensor:
         """The logits, with the balance gradient attached in training and counted where somebody watches."""
         if self.training and torch.is_grad_enabled():
             if not (self.coef or context.watching):
                 return logits
-            real = context.real_tokens(x.shape[:-1], logits.shape[0])
-            task_types = context.task_types if self.coef and self.gradient is not switch_step else None
+            real = context.real_tokens(logits.shape[0])
+            typed = self.coef and self.gradient not in (None, switch_step)
+            task_types = context.required_task_types() if typed else None
             return balanced(logits, self.state, self.rule, self.top_k, self.coef, self.gradient, real, task_types)
         if context.recording:
             routing = self.rule(logits, self.top_k)
-            self.state.observe(routing, context.real_tokens(x.shape[:-1], logits.shape[0]))
+            self.state.observe(routing, context.real_tokens(logits.shape[0]))
         return logits
 
     def __getstate__(self) -> dict[str, Any]:
@@ -179,7 +185,7 @@ class LinearMoeLinear(MoeTunerLayer):
         experts = self.linear_moe_experts[adapter_name]
         if not self.is_static(adapter_name):
             raise ValueError(f"Adapter '{adapter_name}' is routed: its delta depends on the token.")
-        delta = experts.scaling * (experts.lora_B[0].T.float() @ experts.lora_A[0].float())
+        delta = experts.scaling * (experts.lora_B.flatten(0, 1).T.float() @ experts.lora_A.flatten(0, 1).float())
         if type(self.get_base_layer()).__name__ == "Conv1D":
             delta = delta.T
         return delta.to(self.get_base_weight().dtype)

@@ -1,0 +1,57 @@
+"""The samples' task types on their way from the data set to the model, for `balance="localized"` (LoRAMoE)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from moe_peft.errors import refuse
+
+
+class TaskTypeCollator:
+    """Wraps any data collator and adds `task_types`, `[B]`, from a column of the rows.
+
+    The rows' column stays out of the wrapped collator's sight. Under TRL's SFT trainer:
+
+        trainer = SFTTrainer(..., args=SFTConfig(..., remove_unused_columns=False), peft_config=...)
+        trainer.data_collator = TaskTypeCollator(trainer.data_collator)
+
+    `remove_unused_columns` must be off, as that trainer drops every column but its own three before the collator sees
+    the rows. Packing and padding-free batches are refused: one row of theirs holds several samples.
+
+    Args:
+        collator: what makes a batch of rows without the column.
+        column: where a row keeps its task type: 0 for world knowledge, 1 for other tasks.
+    """
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], column: str = "task_type") -> None:
+        self.collator = collator
+        self.column = column
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        if any(self.column not in row for row in rows):
+            raise refuse(
+                "column",
+                self.column,
+                "a column of every row: " + ", ".join(sorted(rows[0])),
+                "Set `remove_unused_columns` to False, or the trainer drops it, and `packing` to False: a packed row "
+                "holds several samples and has no task type of its own.",
+            )
+        task_types = torch.tensor([int(row[self.column]) for row in rows])
+        if any(kind not in (0, 1) for kind in task_types.tolist()):
+            raise refuse(
+                self.column,
+                sorted(set(task_types.tolist())),
+                "0 (world knowledge) or 1 (other tasks) in every row",
+                "Map your task names to these two before training.",
+            )
+        batch = self.collator([{key: value for key, value in row.items() if key != self.column} for row in rows])
+        if batch["input_ids"].shape[0] != len(rows):
+            raise refuse(
+                "padding_free",
+                True,
+                f"False where task types are used: {len(rows)} samples came out of the collator as "
+                f"{batch['input_ids'].shape[0]} row(s)",
+                "Set `padding_free` and `packing` to False.",
+            )
+        return {**batch, "task_types": task_types}
