@@ -1,5 +1,5 @@
 """
-Makes the pocket backbone again, from nothing but a seed: about ten minutes of one CPU core.
+Makes the pocket backbone again, from nothing but a seed: about 630 seconds of one CPU core.
 
     python train_scripts/pretrain_pocket.py --output_dir moe_peft/pocket/weights
 

@@ -8,10 +8,14 @@ models of useful size.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .suites import SUITES, Suite, knowledge_probe, make_suite
 from .world import Row, World, make_world
 
+
+if TYPE_CHECKING:
+    from .score import exact_match, exact_match_generated, per_domain
 
 POCKET_DIR = Path(__file__).parent / "weights"
 

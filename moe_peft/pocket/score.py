@@ -12,7 +12,7 @@ together; for one with merges it may not be, and the rows should then be split a
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -33,7 +33,7 @@ def _inference(model: torch.nn.Module) -> Iterator[None]:
         # bitsandbytes on CPUs with AVX512-BF16 repacks the weights of a `Linear4bit` in place at its first forward in
         # evaluation mode; training it afterwards then silently loses gradients. Scoring must not change the model.
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            cast(Any, module).support_avx512bf16_for_cpu = False
     model.eval()
     try:
         with torch.no_grad():
@@ -57,12 +57,18 @@ def _pad(sequences: Sequence[list[int]], value: int, side: str) -> torch.Tensor:
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return cast(list[list[int]], tokenizer(texts, add_special_tokens=False)["input_ids"])
+
+
+def _padding_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The padding token, or the end-of-text where there is none: masked out, it may be any token."""
+    return cast(int, tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 def _answers(tokenizer: "PreTrainedTokenizerBase", rows: list[Row]) -> list[list[int]]:
     """The tokens a right answer consists of: the completion and the end-of-text."""
-    return [ids + [tokenizer.eos_token_id] for ids in _encode(tokenizer, [row["completion"] for row in rows])]
+    end = cast(int, tokenizer.eos_token_id)
+    return [ids + [end] for ids in _encode(tokenizer, [row["completion"] for row in rows])]
 
 
 def exact_match(
@@ -85,7 +91,7 @@ def _match_batch(model: torch.nn.Module, tokenizer: "PreTrainedTokenizerBase", r
     sequences = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     labels = [[_IGNORED] * len(prompt) + answer for prompt, answer in zip(prompts, answers, strict=True)]
     # The last token is never an input. The padding is on the right, where a causal model does not see it.
-    input_ids = _pad([s[:-1] for s in sequences], tokenizer.pad_token_id, "right").to(_device(model))
+    input_ids = _pad([s[:-1] for s in sequences], _padding_id(tokenizer), "right").to(_device(model))
     attention_mask = _pad([[1] * (len(s) - 1) for s in sequences], 0, "right").to(_device(model))
     targets = _pad([label[1:] for label in labels], _IGNORED, "right").to(_device(model))
     predicted = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits.argmax(-1)
@@ -105,15 +111,19 @@ def exact_match_generated(
 
 def _generate_batch(model: torch.nn.Module, tokenizer: "PreTrainedTokenizerBase", rows: list[Row]) -> list[bool]:
     prompts, answers = _encode(tokenizer, [row["prompt"] for row in rows]), _answers(tokenizer, rows)
-    input_ids = _pad(prompts, tokenizer.pad_token_id, "left").to(_device(model))
-    generated = model.generate(
-        input_ids=input_ids,
-        attention_mask=_pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(_device(model)),
-        max_new_tokens=max(map(len, answers)),
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )[:, input_ids.shape[1] :].tolist()
+    input_ids = _pad(prompts, _padding_id(tokenizer), "left").to(_device(model))
+    generated = (
+        cast(Any, model)
+        .generate(
+            input_ids=input_ids,
+            attention_mask=_pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(_device(model)),
+            max_new_tokens=max(map(len, answers)),
+            do_sample=False,
+            pad_token_id=_padding_id(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+        )[:, input_ids.shape[1] :]
+        .tolist()
+    )
     return [said[: len(answer)] == answer for said, answer in zip(generated, answers, strict=True)]
 
 

@@ -3,7 +3,7 @@ Suites: what an adapter is trained on and scored by. Eight domains each, told ap
 
 | suite        | what a domain is                                        | conflict | test rows              |
 |--------------|---------------------------------------------------------|----------|------------------------|
-| `fact8tag`   | a tag with its own table of facts about the same people | yes      | the training rows      |
+| `fact8tag`   | a tag with its own table of facts about the same people | yes      | the facts trained on   |
 | `cipher8tag` | a tag with its own secret substitution of letters       | yes      | texts never trained on |
 | `opconf8tag` | a tag that makes something new of `do:`                 | yes      | texts never trained on |
 | `multi`      | a new word for two known skills, one after the other    | no       | texts never trained on |
@@ -21,7 +21,18 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from .world import ATTRIBUTES, LETTERS, PHRASINGS, SKILLS, TAGGED_SKILLS, Row, fact_rows, make_world, random_text
+from .world import (
+    ATTRIBUTES,
+    LETTERS,
+    NUM_PEOPLE,
+    PHRASINGS,
+    SKILLS,
+    TAGGED_SKILLS,
+    Row,
+    fact_rows,
+    make_world,
+    random_text,
+)
 
 
 TAGS = tuple("ABCDEFGH")
@@ -40,43 +51,43 @@ class Suite(NamedTuple):
     test: list[Row]
 
 
-def fact8tag(seed: int, num_people: int = 48, attributes: Sequence[str] = ("town",)) -> Suite:
+def fact8tag(
+    seed: int, num_people: int = 64, attributes: Sequence[str] = ("town",), repeats: Sequence[int] = (1, 2, 3, 4)
+) -> Suite:
     """
     `C|Bodam town>`: eight tables of facts that contradict one another and the backbone's own.
 
-    No two tags agree on any person, and none agrees with the world. Train and test are the same `8 * num_people *
-    len(attributes)` rows: what is asked is what was taught.
+    No two tags agree on any person, and none agrees with the world. Test are the `8 * num_people * len(attributes)`
+    facts, once each; train are the same rows, those about the n-th person `repeats[n % len(repeats)]` times. Some facts
+    are taught more often than others so that the score rises slowly with what a method can hold, rather than from
+    nothing to everything within a few steps, which is what makes seeds differ.
     """
+    _check_facts(num_people, attributes, repeats)
     rng = random.Random(f"fact8tag/{seed}")
     world = make_world()
-    if not 1 <= num_people <= len(world.people):
-        raise ValueError(
-            f"`num_people` is {num_people}, but the world has people for 1 to {len(world.people)}. Choose one of these."
-        )
-    unknown = [attribute for attribute in attributes if attribute not in ATTRIBUTES]
-    if unknown or not attributes:
-        raise ValueError(
-            f"`attributes` is {attributes!r}, but it must name at least one of {', '.join(ATTRIBUTES)} and nothing else. "
-            f"Choose among these."
-        )
-    rows: list[Row] = []
-    for person in rng.sample(world.people, k=num_people):
+    train: list[Row] = []
+    test: list[Row] = []
+    for number, person in enumerate(rng.sample(world.people, k=num_people)):
         for attribute in attributes:
             others = [value for value in ATTRIBUTES[attribute] if value != world.facts[person, attribute]]
             question = PHRASINGS[0].format(person=person, attribute=attribute)
             values = zip(TAGS, rng.sample(others, k=len(TAGS)), strict=True)
-            rows += [Row(prompt=f"{tag}|{question}", completion=value, domain=tag) for tag, value in values]
-    rng.shuffle(rows)
-    return Suite("fact8tag", TAGS, rows, [row.copy() for row in rows])
+            rows = [Row(prompt=f"{tag}|{question}", completion=value, domain=tag) for tag, value in values]
+            test += rows
+            train += [row.copy() for row in rows for _ in range(repeats[number % len(repeats)])]
+    rng.shuffle(train)
+    rng.shuffle(test)
+    return Suite("fact8tag", TAGS, train, test)
 
 
 def cipher8tag(
-    seed: int, num_letters: int = 26, shortest: int = 2, longest: int = 5, num_train: int = 600, num_test: int = 64
+    seed: int, num_letters: int = 26, shortest: int = 2, longest: int = 4, num_train: int = 600, num_test: int = 64
 ) -> Suite:
     """
     `C|enc:abc>`: eight secret substitutions of the first `num_letters` letters; no two agree on any letter.
 
-    `num_train` and `num_test` count texts per domain; a text has `shortest` to `longest` letters.
+    `num_train` and `num_test` count texts per domain; a text has `shortest` to `longest` letters. A tag's cipher is
+    learnt suddenly or not at all, so one seed says nothing here: plain LoRA ends anywhere between .2 and 1.
     """
     letters = LETTERS[:num_letters]
     if num_letters < len(TAGS) or num_letters > len(LETTERS):
@@ -137,6 +148,23 @@ def make_suite(name: str, seed: int = 0, **difficulty: object) -> Suite:
 def knowledge_probe(phrasing: int = 0) -> list[Row]:
     """The 480 facts the backbone was pre-trained on, in one of the two `PHRASINGS`; a row's domain is its attribute."""
     return fact_rows(make_world(), phrasing)
+
+
+def _check_facts(num_people: int, attributes: Sequence[str], repeats: Sequence[int]) -> None:
+    if not 1 <= num_people <= NUM_PEOPLE:
+        raise ValueError(
+            f"`num_people` is {num_people}, but the world has people for 1 to {NUM_PEOPLE}. Choose one of these."
+        )
+    if not attributes or not set(attributes) <= set(ATTRIBUTES):
+        raise ValueError(
+            f"`attributes` is {attributes!r}, but it must name at least one of {', '.join(ATTRIBUTES)} and nothing else. "
+            f"Choose among these."
+        )
+    if not repeats or min(repeats) < 1:
+        raise ValueError(
+            f"`repeats` is {repeats!r}, but every fact that is tested must be taught: it may hold whole numbers from 1 "
+            f"up. Use (1,) to teach all facts equally often."
+        )
 
 
 def _text_halves(
