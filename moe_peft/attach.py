@@ -10,7 +10,6 @@ module (not on the decoder layer) is replayed when a checkpointed layer is recom
 backward pass do not see each other's masks.
 """
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +20,7 @@ from torch.autograd import Function
 
 from moe_peft.balance import LOAD_WINDOW, expert_counts, localized_loss, switch_gradient
 from moe_peft.errors import refuse
+from moe_peft.masks import real_from_mask
 from moe_peft.routing import Routing, RoutingRule, dense_weights
 
 
@@ -69,13 +69,10 @@ class RouterState:
         # Under a dense rule every expert is "chosen" by every token; its load is the weight that it gets.
         counts = mask @ dense_weights(routing) if routing.top_k_index is None else expert_counts(routing, real)
         entropy, tokens = -((probs * log_probs).sum(-1) * mask).sum(), mask.sum()
-        if self.counts is None or self.counts.shape != counts.shape or self.counts.device != counts.device:
-            self.counts, self.probability = torch.zeros_like(counts), torch.zeros_like(counts)
-            self.entropy, self.tokens = torch.zeros_like(entropy), torch.zeros_like(tokens)
-        self.counts += counts
-        self.probability += mask @ probs
-        self.entropy += entropy
-        self.tokens += tokens
+        self.counts = _sum(self.counts, counts)
+        self.probability = _sum(self.probability, mask @ probs)
+        self.entropy = _sum(self.entropy, entropy)
+        self.tokens = _sum(self.tokens, tokens)
         return counts
 
     @torch.no_grad()
@@ -86,6 +83,11 @@ class RouterState:
         else:
             self.load = self.load * (1 - 1 / LOAD_WINDOW) + counts
         return self.load / self.load.sum().clamp(min=1)
+
+
+def _sum(so_far: Tensor | None, new: Tensor) -> Tensor:
+    """Started anew when the model has moved to another device."""
+    return new if so_far is None or so_far.device != new.device else so_far + new
 
 
 BalanceGradient = Callable[[RouterState, Routing, Tensor | None, Tensor | None, RoutingRule, int], Tensor]
@@ -163,6 +165,7 @@ class _Balanced(Function):
         return grad, None, None, None, None, None, None, None
 
 
+@torch.compiler.disable  # its backward changes the state, which a graph may not; the rest of the layer is compiled
 def balanced(
     logits: Tensor,
     state: RouterState,
@@ -207,11 +210,12 @@ class RoutingContext:
         self.task_types: Tensor | None = None
         self.recording = False
         self.watching = False
+        self._names_of: dict[type[nn.Module], tuple[str, ...]] = {}
 
     def watch_attention(self, model: nn.Module) -> None:
         """Hook every attention module of `model` that takes an attention mask; hooks it has already are kept."""
         for module in model.modules():
-            if "Attention" not in type(module).__name__ or "attention_mask" not in _parameter_names(type(module)):
+            if "Attention" not in type(module).__name__ or "attention_mask" not in self._names(module):
                 continue
             hooked = any(getattr(hook, "__self__", None) is self for hook in module._forward_pre_hooks.values())
             if not hooked:
@@ -241,11 +245,18 @@ class RoutingContext:
             raise _no_task_types()
         return self.task_types
 
+    def _names(self, module: nn.Module) -> tuple[str, ...]:
+        """What the module's forward calls its arguments."""
+        kind = type(module)  # FSDP2 gives modules a class of its own after they were hooked
+        if kind not in self._names_of:
+            self._names_of[kind] = tuple(inspect.signature(kind.forward).parameters)[1:]  # without self
+        return self._names_of[kind]
+
     def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         task_types = kwargs.get("task_types")
         if "task_types" in kwargs:
             kwargs = {name: value for name, value in kwargs.items() if name != "task_types"}
-        given = {**dict(zip(_parameter_names(type(module)), args, strict=False)), **kwargs}
+        given = {**dict(zip(self._names(module), args, strict=False)), **kwargs}
         if given.get("key_value_states") is not None or given.get("encoder_hidden_states") is not None:
             return args, kwargs  # cross-attention: its mask is about another sequence
         states = given.get("hidden_states", args[0] if args else None)
@@ -254,44 +265,6 @@ class RoutingContext:
         watched = self.recording or (module.training and torch.is_grad_enabled())
         self.real = real_from_mask(given.get("attention_mask"), states) if watched else None
         return args, kwargs
-
-
-def real_from_mask(mask: Any, states: Tensor | None) -> Tensor | None:
-    """Which positions hold a token, from whatever mask an attention module receives.
-
-    Args:
-        mask: None; `[B, S]`; `[B, heads, Q, K]` of bool or additive floats (a position is real when it may see itself);
-            or a flex-attention BlockMask.
-        states: the hidden states `[B, S, d]`, to know S when the mask covers cached positions as well.
-
-    Returns:
-        `[B, S]` bool, or None when every position is real or the mask cannot tell.
-    """
-    if mask is None:
-        return None
-    if isinstance(mask, Tensor):
-        if mask.dim() == 2:
-            length = mask.shape[1] if states is None else states.shape[1]
-            return mask[:, -length:].bool()
-        if mask.dim() == 4:
-            queries, keys = mask.shape[-2:]
-            if queries == 1 and states is not None:  # the same for all queries
-                row = mask[:, 0, 0, -states.shape[1] :]
-                return row if mask.dtype == torch.bool else row == 0
-            diagonal = mask[:, 0].diagonal(offset=max(keys - queries, 0), dim1=-2, dim2=-1)
-            return diagonal if mask.dtype == torch.bool else diagonal == 0
-        return None
-    if hasattr(mask, "mask_mod") and states is not None:  # a BlockMask: ask it whether i may see i
-        batch, length = states.shape[:2]
-        rows = torch.arange(batch, device=states.device).unsqueeze(-1)
-        positions = torch.arange(length, device=states.device).unsqueeze(0)
-        return mask.mask_mod(rows, torch.zeros_like(rows), positions, positions).expand(batch, length)
-    return None
-
-
-@functools.cache
-def _parameter_names(module_class: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(inspect.signature(module_class.forward).parameters)[1:]  # without self
 
 
 def _one_per_row(task_types: Tensor, states: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ trainer (`attach`) or where the logits come from (`routing`).
 import torch
 from torch import Tensor
 
+from moe_peft.errors import refuse
 from moe_peft.routing import Routing, assignments, dense_weights
 
 
@@ -98,9 +99,19 @@ def localized_loss(
         delta: 0 <= delta < 1.
         real: `[T]` bool, False for padding.
         variant: "cv2" for variance / mean^2 (released code), "var_over_mean" for variance / mean (paper).
+
+    Raises:
+        ValueError: if the tokens cannot be divided into that many rows.
     """
     weights = dense_weights(routing)
     rows, num_experts = task_types.shape[0], weights.shape[-1]
+    if weights.shape[0] % rows:
+        raise refuse(
+            "task_types",
+            list(task_types.shape),
+            f"of the shape of one number per row: {weights.shape[0]} tokens are not {rows} rows of equal length",
+            "With packing or padding-free batches one row holds several samples: turn both off.",
+        )
     weights = weights.view(rows, -1, num_experts)
     if real is None:
         importance = weights.mean(1)
@@ -109,6 +120,6 @@ def localized_loss(
         importance = (weights * mask).sum(1) / mask.sum(1).clamp(min=1)
     expert_types = (torch.arange(num_experts, device=weights.device) < num_experts // 2).to(task_types.dtype)
     same = expert_types == task_types.unsqueeze(-1)
-    weighted = importance * torch.where(same, 1 + delta, 1 - delta)
+    weighted = importance * (1 - delta + 2 * delta * same.to(weights.dtype))
     mean, variance = weighted.mean(), weighted.var()
     return variance / (mean.square() + 1e-10) if variant == "cv2" else variance / (mean + 1e-10)

@@ -9,7 +9,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -19,6 +19,7 @@ from transformers.training_args import TrainingArguments
 
 from moe_peft.attach import RoutingContext, set_aux_scale
 from moe_peft.tuners.base import MoeTunerLayer
+from moe_peft.tuners.linear_moe import RoutedLora
 from moe_peft.watch import (
     COLLAPSE_TOKENS,
     COLLAPSED,
@@ -55,7 +56,7 @@ class MoeCallback(TrainerCallback, ExportableState):
     def __init__(self, adapter_dtype: torch.dtype | str | None = torch.float32) -> None:
         self.adapter_dtype = getattr(torch, adapter_dtype) if isinstance(adapter_dtype, str) else adapter_dtype
         self.history: list[dict[str, Any]] = []
-        self._routers: dict[str, nn.Module] = {}
+        self._routers: dict[str, RoutedLora] = {}
         self._context: RoutingContext | None = None
         self._before_cast: list[tuple[nn.Parameter, torch.dtype]] = []
         self._gradients_checked = False
@@ -91,9 +92,15 @@ class MoeCallback(TrainerCallback, ExportableState):
         if model is None or self._context is None:
             return
         self._context.watching = True
+        if getattr(args, "fp16", False) and _distributed_by() == "DEEPSPEED":
+            warnings.warn(
+                "DeepSpeed scales an fp16 loss inside its engine, where the balance loss cannot follow: next to it the "
+                "balance loss all but vanishes. Train with `bf16=True`.",
+                stacklevel=2,
+            )
         loads = _saved_loads(state)
         # A checkpoint that was written without this callback has no entry, and the trainer would fail at its next save.
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        _saved_states(state).setdefault(type(self).__name__, self.state())
         self._routers = find_routers(model)
         for name, router in self._routers.items():
             router.state.reset()
@@ -232,9 +239,13 @@ def _in_charge_of(context: RoutingContext) -> MoeCallback | None:
     return None if found is None else found()
 
 
+def _saved_states(state: TrainerState) -> dict[str, Any]:
+    return cast(dict[str, Any], state.stateful_callbacks)  # declared as the list that it is made from
+
+
 def _saved_loads(state: TrainerState) -> dict[str, list[float]]:
     """The loads in the checkpoint that training resumes from, whichever of the callbacks saved them."""
-    for entry in state.stateful_callbacks.values():
+    for entry in _saved_states(state).values():
         loads = entry.get("attributes", {}).get("loads") if isinstance(entry, dict) else None
         if loads:
             return loads
@@ -251,19 +262,21 @@ def install(trainable: bool = True) -> None:
     if trainable or "transformers.trainer" in sys.modules:
         from transformers import trainer
 
-        if AutomaticMoeCallback not in trainer.DEFAULT_CALLBACKS:
-            trainer.DEFAULT_CALLBACKS.append(AutomaticMoeCallback)
+        defaults: list[Any] = trainer.DEFAULT_CALLBACKS
+        if AutomaticMoeCallback not in defaults:
+            defaults.append(AutomaticMoeCallback)
+
+
+def _distributed_by() -> str:
+    """What accelerate distributes training with: "FSDP", "DEEPSPEED", "MULTI_GPU", "NO" ..."""
+    from accelerate.state import AcceleratorState, is_initialized
+
+    return str(AcceleratorState().distributed_type.value) if is_initialized() else "NO"
 
 
 def _is_sharded() -> bool:
-    """Whether FSDP or DeepSpeed holds the parameters."""
-    from accelerate.state import AcceleratorState, is_initialized
-    from accelerate.utils import DistributedType
-
-    return is_initialized() and AcceleratorState().distributed_type in (
-        DistributedType.FSDP,
-        DistributedType.DEEPSPEED,
-    )
+    """Whether somebody else than the model holds the parameters."""
+    return _distributed_by() in ("FSDP", "DEEPSPEED")
 
 
 def _adapter_parameters(model: nn.Module, quantised_only: bool = False) -> Iterator[nn.Parameter]:

@@ -147,13 +147,12 @@ def _read_config(path: Path, overrides: dict[str, Any]) -> PeftConfig:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict) or "peft_type" not in values:
         raise ValueError(f"{path} has no `peft_type`, so it is not the config of an adapter. Write one with PEFT.")
-    peft_type = str(values["peft_type"])
-    if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        known = [str(getattr(kind, "value", kind)) for kind in PEFT_TYPE_TO_CONFIG_MAPPING]
+    peft_type, config_classes = str(values["peft_type"]), {k.value: c for k, c in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if peft_type not in config_classes:
         raise ValueError(
-            f"`peft_type` in {path} is '{peft_type}', which PEFT does not know. {nearest(peft_type, known)}"
+            f"`peft_type` in {path} is '{peft_type}', which PEFT does not know. {nearest(peft_type, config_classes)}"
         )
-    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
+    config_class = config_classes[peft_type]
     fields = [f.name for f in dataclasses.fields(config_class) if f.init and f.name not in _WITHOUT_MEANING]
     for key in values:
         if key not in fields and key not in _WITHOUT_MEANING:

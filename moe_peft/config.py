@@ -4,7 +4,9 @@ The names are PEFT's for LoRA (`r`, `lora_alpha`, `target_modules`) and transfor
 `top_k`, `router_aux_loss_coef`). Every value that a check can refuse is refused here, before any model is touched.
 """
 
+import math
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -14,6 +16,7 @@ from moe_peft.allocation import Allocation, parse
 from moe_peft.balance import BALANCES
 from moe_peft.errors import nearest, refuse
 from moe_peft.routing import DENSE_RULES, ROUTING_RULES
+from moe_peft.saving import check_weights
 
 
 @dataclass
@@ -50,9 +53,10 @@ class MoeConfig(PeftConfig):
             How strongly "localized" separates the two halves of the experts; 0 treats all alike.
         router_init_std (`float`, *optional*):
             Standard deviation of the router's start. Small: the start is near uniform. Defaults to `None`, which draws
-            as `nn.Linear` does (Kaiming uniform with a = sqrt(5), as MoLA and LoRAMoE).
+            as `nn.Linear` does (Kaiming uniform with a = sqrt(5), as MoLA and LoRAMoE), divided by `router_scale`.
         router_scale (`float`, *optional*, defaults to 1.0):
-            Multiplies the router's logits. Under Adam it acts as a learning rate of the router's own.
+            Multiplies the router's logits. Under Adam it acts as a learning rate of the router's own: at 0.1 the choice
+            of experts moves ten times slower than the experts learn, which keeps it from wandering before they differ.
         target_modules (`list[str]` or `str`, *optional*):
             Names or regex of the linear layers to adapt, or "all-linear". Defaults to PEFT's LoRA targets of the model.
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in `LoraConfig`.
@@ -93,12 +97,21 @@ class MoeConfig(PeftConfig):
                 raise ValueError(f"`{key}` is not a field of {cls.__name__}. {nearest(key, known)}")
         return super().__new__(cls)
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> "MoeConfig":
+        """As PEFT's, which also comes first when weights are loaded: damaged ones are refused here."""
+        check_weights(Path(pretrained_model_name_or_path, subfolder or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
         _check_numbers(self)
+        _check_layers(self)
         _check_routing(self)
         _check_balance(self)
 
@@ -118,14 +131,30 @@ def _check_numbers(config: MoeConfig) -> None:
     shared = config.num_shared_experts
     if isinstance(shared, bool) or not isinstance(shared, int) or shared < 0:
         raise refuse("num_shared_experts", shared, "a whole number of at least 0", "1 or 2 are common, 0 is none.")
-    if config.lora_alpha <= 0:
+    if not _is_number(config.lora_alpha) or config.lora_alpha <= 0:
         raise refuse("lora_alpha", config.lora_alpha, "a positive number", "16 is a common choice.")
-    if not 0.0 <= config.lora_dropout < 1.0:
+    if not _is_number(config.lora_dropout) or not 0.0 <= config.lora_dropout < 1.0:
         raise refuse("lora_dropout", config.lora_dropout, "at least 0 and below 1", "Give a share such as 0.05.")
-    if config.router_init_std is not None and config.router_init_std < 0:
-        raise refuse("router_init_std", config.router_init_std, "at least 0, or None", "0.02 is near uniform.")
-    if config.router_scale <= 0:
+    std = config.router_init_std
+    if std is not None and (not _is_number(std) or std < 0):
+        raise refuse("router_init_std", std, "at least 0, or None", "0.02 is near uniform.")
+    if not _is_number(config.router_scale) or config.router_scale <= 0:
         raise refuse("router_scale", config.router_scale, "a positive number", "1.0 leaves the logits as they are.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_layers(config: MoeConfig) -> None:
+    """PEFT would not look at these fields; the sentences are those of its `LoraConfig`."""
+    for name in ("layers_to_transform", "layers_pattern"):
+        if isinstance(config.target_modules, str) and getattr(config, name) is not None:
+            raise ValueError(
+                f"`{name}` cannot be used when `target_modules` is a str. Write the layers into the regex."
+            )
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
 
 def _check_routing(config: MoeConfig) -> None:
@@ -170,7 +199,7 @@ def _check_balance(config: MoeConfig) -> None:
     if config.balance not in BALANCES:
         allowed = "one of " + ", ".join(repr(name) for name in BALANCES)
         raise refuse("balance", config.balance, allowed, nearest(str(config.balance), BALANCES))
-    if config.router_aux_loss_coef < 0:
+    if not _is_number(config.router_aux_loss_coef) or config.router_aux_loss_coef < 0:
         raise refuse("router_aux_loss_coef", config.router_aux_loss_coef, "at least 0", "0 turns balancing off.")
     if config.balance == "switch" and config.routing in DENSE_RULES:
         raise refuse(
@@ -180,7 +209,7 @@ def _check_balance(config: MoeConfig) -> None:
             "Every token visits every expert there, so the load that 'switch' balances is constant.",
         )
     if config.balance == "localized":
-        if not 0.0 <= config.balance_delta < 1.0:
+        if not _is_number(config.balance_delta) or not 0.0 <= config.balance_delta < 1.0:
             raise refuse("balance_delta", config.balance_delta, "at least 0 and below 1", "LoRAMoE uses 0.1.")
         odd = [n for n in parse(config.num_experts, "num_experts") if n % 2]
         if odd:

@@ -8,6 +8,8 @@ two dense products over the stacked experts, without loop, gather or host synchr
 Letters: T tokens, E experts, r rank of one expert, n = E * r, d_in and d_out the widths of the frozen layer.
 Both factors are stored with the rank axis second, `lora_A [E, r, d_in]` and `lora_B [E, r, d_out]`: then stacking the
 experts is a view, and no product needs a copy. Slice e gives the PEFT LoRA pair `lora_A[e]`, `lora_B[e].T`.
+In rank space tokens are the last axis, `[n, T]`: an expert's weight then multiplies whole rows, and the products in
+both directions take their operands as they lie in memory.
 """
 
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from moe_peft.routing import Routing
 
@@ -47,80 +50,139 @@ class _StackedIn(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lora_A: Tensor, router: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, lora_A, router)
-        both = x @ torch.cat((lora_A, router)).T
-        hidden, logits = both.split((lora_A.shape[0], router.shape[0]), dim=1)
-        return hidden, logits
+        cast = x.to(lora_A.dtype)
+        ctx.save_for_backward(x if x.element_size() < cast.element_size() else cast, lora_A, router)
+        both = torch.cat((lora_A.flatten(0, 1), router)) @ cast.reshape(-1, x.shape[-1]).T
+        return both[: -router.shape[0]], both[-router.shape[0] :].T
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, lora_A, router = ctx.saved_tensors
-        grad = torch.cat(grads, dim=1)
-        grad_x = grad @ torch.cat((lora_A, router)) if ctx.needs_input_grad[0] else None
-        grad_A = grad_router = None
+        grad = torch.cat((grads[0], grads[1].T))
+        grad_x = grad_A = grad_router = None
+        if ctx.needs_input_grad[0]:
+            # Made in the shape of x, not viewed: autograd may then add the frozen layer's gradient to it in place.
+            grad_x = grad.T.view(*x.shape[:-1], grad.shape[0]) @ torch.cat((lora_A.flatten(0, 1), router))
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            grad_A, grad_router = (grad.T @ x).split((lora_A.shape[0], router.shape[0]))
+            both = grad @ x.reshape(-1, x.shape[-1]).to(grad.dtype)
+            grad_A, grad_router = both[: -router.shape[0]].view_as(lora_A), both[-router.shape[0] :]
         return grad_x, grad_A, grad_router
 
 
+class _DroppedIn(Function):
+    """`x -> (A_cat dropout(x), R x)`: the router sees x whole. Saves x and the mask, not what the mask leaves of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lora_A: Tensor, router: Tensor, p: float) -> tuple[Tensor, Tensor]:
+        tokens = x.reshape(-1, x.shape[-1]).to(lora_A.dtype)
+        dropped, mask = torch.native_dropout(tokens, p, True)
+        ctx.save_for_backward(tokens, mask, lora_A, router)
+        ctx.keep, ctx.shape = 1 / (1 - p), x.shape
+        return lora_A.flatten(0, 1) @ dropped.T, (router @ tokens.T).T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        tokens, mask, lora_A, router = ctx.saved_tensors
+        dropped = torch.ops.aten.native_dropout_backward(tokens, mask, ctx.keep)
+        grad_A, grad_router = (grads[0] @ dropped).view_as(lora_A), grads[1].T @ tokens
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.aten.native_dropout_backward(grads[0].T @ lora_A.flatten(0, 1), mask, ctx.keep)
+            grad_x = grad_x.addmm_(grads[1], router).view(ctx.shape)
+        return grad_x, grad_A, grad_router, None
+
+
 class _ExpertsOut(Function):
-    """`y + B_cat(hidden * expand(weights))`. Saves the rank-space tensors only: nothing of width d_out."""
+    """`y + scale * B_cat(hidden * expand(weights))`. Saves the rank-space tensors only: nothing of width d_out."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, hidden: Tensor, lora_B: Tensor, weights: Tensor, index: Tensor | None) -> Tensor:
-        num_experts, r, d_out = lora_B.shape
-        gates = weights.to(hidden.dtype)
-        if index is not None:
-            gates = hidden.new_zeros(hidden.shape[0], num_experts).scatter_(1, index, gates)
+    def forward(
+        ctx: Any, y: Tensor, hidden: Tensor, lora_B: Tensor, weights: Tensor, index: Tensor | None, scale: float
+    ) -> Tensor:
+        gates = _gates(weights, index, lora_B.shape[0], hidden.dtype)
         ctx.save_for_backward(hidden, lora_B, gates, index)
-        ctx.weights_dtype = weights.dtype
-        gated = (hidden.view(-1, num_experts, r) * gates.unsqueeze(-1)).view(-1, num_experts * r)
-        return torch.addmm(y, gated, lora_B.view(-1, d_out))
+        ctx.scale, ctx.weights_dtype = scale, weights.dtype
+        return _product_added(y, _gated(hidden, gates), lora_B, scale)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, lora_B, gates, index = ctx.saved_tensors
-        (grad_y,) = grads
-        num_experts, r, d_out = lora_B.shape
-        hidden, gates = hidden.view(-1, num_experts, r), gates.unsqueeze(-1)
-        grad_gated = (grad_y @ lora_B.view(-1, d_out).T).view_as(hidden)
-        grad_hidden = (grad_gated * gates).view(-1, num_experts * r)
-        grad_B = None
+        grad_y = grads[0].to(hidden.dtype)
+        grad_gated = _scaled_product(lora_B.flatten(0, 1), grad_y.T, ctx.scale)
+        grad_B = grad_weights = None
         if ctx.needs_input_grad[2]:
-            grad_B = ((hidden * gates).view(-1, num_experts * r).T @ grad_y).view_as(lora_B)
-        grad_weights = None
+            grad_B = _scaled_product(_gated(hidden, gates), grad_y, ctx.scale).view_as(lora_B)
         if ctx.needs_input_grad[3]:
-            grad_weights = (hidden * grad_gated).sum(-1, dtype=ctx.weights_dtype)
+            products = (hidden * grad_gated).view(*lora_B.shape[:2], -1)
+            grad_weights = products.sum(1, dtype=ctx.weights_dtype).T
             if index is not None:
                 grad_weights = grad_weights.gather(1, index)
-        return (grad_y if ctx.needs_input_grad[0] else None), grad_hidden, grad_B, grad_weights, None
+        grad_hidden = _gated(grad_gated, gates)
+        return (grads[0] if ctx.needs_input_grad[0] else None), grad_hidden, grad_B, grad_weights, None, None
 
 
-def stacked_in(x: Tensor, lora_A: Tensor, router: Tensor) -> tuple[Tensor, Tensor]:
+def _gates(weights: Tensor, index: Tensor | None, num_experts: int, dtype: torch.dtype) -> Tensor:
+    """The weights of `[T, K]` slots as one row per expert, `[E, T]`."""
+    rows = weights.T.to(dtype)
+    if index is None:
+        return rows
+    return rows.new_zeros(num_experts, rows.shape[1]).scatter_(0, index.T, rows)
+
+
+def _gated(hidden: Tensor, gates: Tensor) -> Tensor:
+    """Each expert's r rows of `hidden [E * r, T]` times its row of `gates [E, T]`."""
+    num_experts, tokens = gates.shape
+    by_expert = hidden.view(num_experts, hidden.shape[0] // num_experts, tokens)
+    return (by_expert * gates.unsqueeze(1)).reshape(hidden.shape)
+
+
+def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`scale * a @ b` in one kernel."""
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+
+
+def _product_added(y: Tensor, gated: Tensor, lora_B: Tensor, scale: float) -> Tensor:
+    """`y [T, d_out]` plus the scaled product of `gated [E * r, T]` and the stacked B, in the dtype of y."""
+    if y.dtype == gated.dtype:
+        return torch.addmm(y, gated.T, lora_B.flatten(0, 1), alpha=scale)
+    return (y + _scaled_product(gated.T, lora_B.flatten(0, 1), scale)).to(y.dtype)
+
+
+def stacked_in(x: Tensor, lora_A: Tensor, router: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
     """The experts' hidden values and the router's logits from one product over x.
 
     Args:
-        x: `[T, d_in]`.
+        x: `[*, d_in]`, T tokens in all; cast to the dtype of the factors.
         lora_A: `[E, r, d_in]`, contiguous.
-        router: `[E, d_in]`.
+        router: `[E, d_in]`; shared experts have no row here, so it may have fewer than `lora_A`.
+        dropout: probability with which the experts, but not the router, see a value of x as 0.
 
     Returns:
-        `(hidden [T, E * r], router_logits [T, E])`, in the dtype of x.
+        `(hidden [E * r, T], router_logits [T, E])`, in the dtype of the factors.
     """
-    return _StackedIn.apply(x, lora_A.flatten(0, 1), router)
+    return _DroppedIn.apply(x, lora_A, router, dropout) if dropout else _StackedIn.apply(x, lora_A, router)
 
 
-def experts_out(y: Tensor, hidden: Tensor, lora_B: Tensor, weights: Tensor, index: Tensor | None) -> Tensor:
-    """`y + sum_e weights[:, e] * (hidden_e @ lora_B[e])`, out of place.
+def experts_out(
+    y: Tensor, hidden: Tensor, lora_B: Tensor, weights: Tensor, index: Tensor | None, scale: float = 1.0
+) -> Tensor:
+    """`y + scale * sum_e weights[:, e] * (hidden_e @ lora_B[e])`, out of place.
 
     Args:
-        y: `[T, d_out]`, the frozen layer's output; must have the dtype of `hidden`.
-        hidden: `[T, E * r]`.
-        lora_B: `[E, r, d_out]`, contiguous.
-        weights: `[T, K]`, the LoRA scale already in them.
+        y: `[T, d_out]`, the frozen layer's output; its dtype is that of the result.
+        hidden: `[E * r, T]`.
+        lora_B: `[E, r, d_out]`, contiguous, of the dtype of `hidden`.
+        weights: `[T, K]`.
         index: `[T, K]` or None for all experts in order.
+        scale: the LoRA scale.
 
     Returns:
         `[T, d_out]`.
     """
-    return _ExpertsOut.apply(y, hidden, lora_B, weights, index)
+    if torch.is_grad_enabled():
+        return _ExpertsOut.apply(y, hidden, lora_B, weights, index, scale)
+    # A token that is decoded costs so little that the detour through autograd would show.
+    return _product_added(y, _gated(hidden, _gates(weights, index, lora_B.shape[0], hidden.dtype)), lora_B, scale)

@@ -230,12 +230,15 @@ def instead_of_routing(model: PeftModel, factors: dict[str, Factors], adapter_na
                 handle.remove()
 
 
-def save_static(factors: dict[str, Factors], folder: Path, base_model: str | None) -> LoraConfig:
+def save_static(
+    factors: dict[str, Factors], folder: Path, base_model: str | None, also: dict[str, str] | None = None
+) -> LoraConfig:
     """Write the static LoRA as a plain PEFT adapter, in place of whatever was in `folder`, in one step.
 
     Args:
         folder: gets `adapter_config.json` and `adapter_model.safetensors`.
         base_model: what the config names as its base.
+        also: further files to write, name -> text.
     """
     config, state = factors_to_peft(factors, base_model)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -243,6 +246,8 @@ def save_static(factors: dict[str, Factors], folder: Path, base_model: str | Non
         whole = Path(beside) / "whole"
         config.save_pretrained(str(whole))
         save_file(state, whole / "adapter_model.safetensors", metadata={"format": "pt"})
+        for name, text in (also or {}).items():
+            (whole / name).write_text(text)
         if folder.exists():
             folder.rename(Path(beside) / "old")
         whole.rename(folder)

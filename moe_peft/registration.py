@@ -47,9 +47,7 @@ def register(name: str, config_cls: type[PeftConfig], tuner_cls: type[BaseTuner]
     Raises:
         RuntimeError: if another package, or PEFT itself, holds the name or the prefix.
     """
-    reserve(name)
-    peft_type = PeftType[name.upper()]
-    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
+    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(name.upper())  # keyed by members, which hash as their strings
     if registered is config_cls:
         return
     prefix = f"{name}_"
@@ -58,4 +56,5 @@ def register(name: str, config_cls: type[PeftConfig], tuner_cls: type[BaseTuner]
             f"PEFT already knows an adapter type {name.upper()} ({registered}). moe_peft cannot add its own beside it: "
             "uninstall the other package, or use a version of PEFT without that type."
         )
+    reserve(name)
     register_peft_method(name=name, config_cls=config_cls, model_cls=tuner_cls, prefix=prefix)

@@ -14,10 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from moe_peft.merge import routed_layers
-
-
-DEAD_SHARE = 0.01
-"""An expert is dead when it gets less than this share of what it would get if all were used evenly."""
+from moe_peft.watch import DEAD_SHARE
 
 
 class RouterHealth(NamedTuple):
@@ -144,9 +141,13 @@ def domain_information(counts: Tensor) -> float:
 
 def health_table(report: RoutingReport) -> Table:
     """One row per router, for a terminal."""
-    table = Table(title="Routers, layer by layer", caption="load: share of each expert, in percent")
+    table = Table(
+        title="Routers, layer by layer",
+        caption="load: share of each expert, in percent; busiest: 1 is even; domain: how far the expert tells it",
+    )
     table.add_column("layer", no_wrap=True)
-    for title in ("load", "max (1 = even)", "entropy", "dead", "tells the domain"):
+    table.add_column("load", justify="right", no_wrap=True)
+    for title in ("busiest", "entropy", "dead", "domain"):
         table.add_column(title, justify="right")
     for name, h in report.health.items():
         load = " ".join(f"{100 * share:2.0f}" for share in h.load)

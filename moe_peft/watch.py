@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_peft.attach import RouterState, switch_step
+from moe_peft.attach import switch_step
+from moe_peft.tuners.linear_moe import RoutedLora
 
 
 COLLAPSED = 0.9
@@ -44,15 +45,14 @@ class RouterWindow(NamedTuple):
     tokens: float
 
 
-def find_routers(model: nn.Module) -> dict[str, nn.Module]:
+def find_routers(model: nn.Module) -> dict[str, RoutedLora]:
     """The modules of `model` that route, under the name of the layer that they are on.
 
     A layer's name is that of the base model; an adapter that is not called "default" is appended.
     """
-    routers: dict[str, nn.Module] = {}
+    routers: dict[str, RoutedLora] = {}
     for name, module in model.named_modules():
-        # not getattr: FSDP's wrapper passes it on to what it wraps
-        if isinstance(module.__dict__.get("state"), RouterState) and module.num_experts > 1:
+        if isinstance(module, RoutedLora) and module.num_experts > 1:
             wrappers = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
             parts = [part for part in name.split(".") if part not in wrappers]
             layer = ".".join(parts[:-2]).removeprefix("module.").removeprefix("base_model.model.")
@@ -61,7 +61,7 @@ def find_routers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def average_loads(routers: dict[str, nn.Module]) -> None:
+def average_loads(routers: dict[str, RoutedLora]) -> None:
     """Make the load of every router its mean over the ranks, in one all-reduce; nothing in a single process."""
     balanced = [router for router in routers.values() if router.gradient is switch_step]
     if not balanced or not _world_size():
@@ -77,7 +77,7 @@ def average_loads(routers: dict[str, nn.Module]) -> None:
 
 
 @torch.no_grad()
-def read_windows(routers: dict[str, nn.Module]) -> dict[str, RouterWindow]:
+def read_windows(routers: dict[str, RoutedLora]) -> dict[str, RouterWindow]:
     """What each router saw since its sums were last reset, summed over the ranks; those that saw nothing are left out."""
     if not routers:
         return {}
@@ -120,7 +120,7 @@ def _or_zeros(value: Tensor | None, size: int, device: torch.device) -> Tensor:
     return value.detach().reshape(size).to(device, torch.float32)
 
 
-def device_of(router: nn.Module) -> torch.device:
+def device_of(router: RoutedLora) -> torch.device:
     """Where the router's state is, or will be."""
     seen = router.state.counts if router.state.load is None else router.state.load
     return next(router.parameters()).device if seen is None else seen.device

@@ -5,6 +5,7 @@ serves plain and quantised linears alike; only an exact merge reads its weight, 
 """
 
 import re
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -169,6 +170,19 @@ def unmergeable(adapter_name: str) -> str:
     )
 
 
+def misfit(adapter_name: str, problems: list[str], shown: int = 20) -> str:
+    """Why a weights file was not loaded, a line for each tensor."""
+    more = [f"and {len(problems) - shown} more"] if len(problems) > shown else []
+    return "\n- ".join(
+        [
+            f"The saved weights do not fit adapter '{adapter_name}', and none were loaded. Either the file is not the one "
+            "that was saved with this `adapter_config.json`, or the base model is not the one it was trained on:",
+            *sorted(problems)[:shown],
+            *more,
+        ]
+    )
+
+
 class MoeTuner(BaseTuner):
     """Finds the layers, gives each its number of experts and its rank, and refuses what cannot be merged. Abstract."""
 
@@ -216,8 +230,36 @@ class MoeTuner(BaseTuner):
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
+                _unpack(module)
         for hook in after_injection:
             hook(not self.peft_config[adapter_name].inference_mode)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: MoeConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The checkpoint's tensors under the names that the model has for them, all of them and no others.
+
+        Raises:
+            ValueError: if tensors of the adapter are missing, left over or of another shape. PEFT would go on without
+                a word, with fresh experts where the file has none.
+        """
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        of_adapter = re.compile(rf"(^|\.){cls.prefix}[^.]*\.{re.escape(adapter_name)}\.")
+        expected = {key: tensor.shape for key, tensor in model.state_dict().items() if of_adapter.search(key)}
+        if not expected:  # as FSDP shows it to all ranks but the first
+            return state_dict
+        problems = [f"missing: {key}" for key in expected.keys() - state_dict.keys()]
+        for key, tensor in state_dict.items():
+            if key not in expected:
+                if re.search(rf"(^|\.){cls.prefix}", key):
+                    problems.append(f"not in the model: {key}")
+            elif tensor.shape != expected[key] and expected[key].numel():  # ZeRO-3 shows 0 for what it has put away
+                shapes = f"{list(tensor.shape)}, the config and the base model ask for {list(expected[key])}"
+                problems.append(f"of another shape: {key}: {shapes}")
+        if problems:
+            raise ValueError(misfit(adapter_name, problems))
+        return state_dict
 
     def _context(self) -> RoutingContext:
         for module in self.model.modules():
@@ -287,6 +329,19 @@ class MoeTuner(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _unpack(linear4bit: nn.Module) -> None:
+    """Undo what bitsandbytes has done to a 4-bit weight that saw eval() before there was an adapter."""
+    state = getattr(linear4bit.weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        linear4bit.state_dict()  # the library unpacks a weight in place before it saves it
+        warnings.warn(
+            "The 4-bit base model was evaluated before the adapter was added, so bitsandbytes had repacked its weights for "
+            "CPU inference and rounded their scales to bfloat16. They are unpacked again, but the rounding stays: to keep "
+            "the base as it was, add the adapter before the first evaluation.",
+            stacklevel=2,
+        )
 
 
 def _pass_names(names: list[str], module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -46,7 +46,6 @@ class RoutedLora(nn.Module):
         elif config.balance == "localized":
             self.gradient = localized_step(config.balance_delta)
         self.state = RouterState()
-        self._stack: tuple[Any, Tensor] | None = None
         self.reset_parameters(config)
 
     def reset_parameters(self, config: MoeConfig) -> None:
@@ -57,7 +56,9 @@ class RoutedLora(nn.Module):
         if self.router is None:
             return
         if config.router_init_std is None:
-            nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
+            # Divided, so that the logits start the same whatever the scale: it changes how fast they move, no more.
+            bound = 1 / (self.router_scale * math.sqrt(self.router.shape[1]))
+            nn.init.uniform_(self.router, -bound, bound)
         else:
             nn.init.normal_(self.router, std=config.router_init_std)
 
@@ -74,43 +75,37 @@ class RoutedLora(nn.Module):
             y: `[*, d_out]`, the frozen layer's output; its shape and dtype are those of the result.
         """
         dtype = _compute_dtype(x, self.lora_A)
-        tokens = x.reshape(-1, x.shape[-1]).to(dtype)
-        lora_B = self.lora_B.to(dtype)
         if self.router is None:
-            hidden = _dropout(tokens, self.dropout, self.training) @ self.lora_A.flatten(0, 1).to(dtype).T
-            weights = hidden.new_full((hidden.shape[0], 1 + self.num_shared), self.scaling)
-            return _add(y, hidden, lora_B, weights, None)
-        hidden, logits = self._hidden_and_logits(tokens, dtype)
+            hidden = self.lora_A.flatten(0, 1).to(dtype) @ self._dropped(x.reshape(-1, x.shape[-1]).to(dtype)).T
+            weights = hidden.new_ones(hidden.shape[1], 1 + self.num_shared)
+            return self._added(y, hidden, weights, None)
+        hidden, logits = self._hidden_and_logits(x, dtype)
         logits = logits.to(routing_dtype(dtype))
         if self.router_scale != 1.0:
             logits = logits * self.router_scale
         logits = self._observed(logits, context)
         routing = with_shared(self.rule(logits, self.top_k), self.num_shared)
-        return _add(y, hidden, lora_B, routing.top_k_weights * self.scaling, routing.top_k_index)
+        return self._added(y, hidden, routing.top_k_weights, routing.top_k_index)
 
-    def _hidden_and_logits(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        assert self.router is not None
-        if self.training and self.dropout:  # the router sees the input without dropout, so there are two products
-            hidden = _dropout(tokens, self.dropout, True) @ self.lora_A.flatten(0, 1).to(dtype).T
-            return hidden, tokens @ self.router.to(dtype).T
-        # In training without gradients too: a re-entrant checkpoint runs the layer so first, and the last bit can decide
-        # which expert a token visits.
-        if self.training or torch.is_grad_enabled():
-            return stacked_in(tokens, self.lora_A.to(dtype), self.router.to(dtype))
-        both = tokens @ self._stacked(dtype).T
-        hidden, logits = both.split((both.shape[1] - self.num_experts, self.num_experts), dim=1)
-        return hidden, logits
-
-    def _stacked(self, dtype: torch.dtype) -> Tensor:
-        """`[A; R]` in one tensor, kept between decoding steps until a weight changes."""
+    def _hidden_and_logits(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`(hidden [n, T], logits [T, E])`."""
         A, R = self.lora_A, self.router
         assert R is not None
-        if torch.compiler.is_compiling():
-            return torch.cat((A.flatten(0, 1), R)).to(dtype)
-        key = (A._version, R._version, A.data_ptr(), R.data_ptr(), dtype, A.device)
-        if self._stack is None or self._stack[0] != key:
-            self._stack = (key, torch.cat((A.detach().flatten(0, 1), R.detach())).to(dtype))
-        return self._stack[1]
+        # Training without gradient is the first pass of re-entrant checkpointing: it must round as the second one does.
+        if self.training or torch.is_grad_enabled() or x.shape[:-1].numel() > 32:
+            return stacked_in(x, A.to(dtype), R.to(dtype), self.dropout if self.training else 0.0)
+        # For the few tokens of a decoding step, reading x twice is cheaper than copying the weights into one stack.
+        tokens = x.reshape(-1, x.shape[-1]).to(dtype)
+        return nn.functional.linear(tokens, A.flatten(0, 1).to(dtype)).T, nn.functional.linear(tokens, R.to(dtype))
+
+    def _added(self, y: Tensor, hidden: Tensor, weights: Tensor, index: Tensor | None) -> Tensor:
+        """`y` plus the weighted experts' output for `hidden [n, T]`."""
+        flat = y.reshape(-1, y.shape[-1])
+        out = experts_out(flat, hidden, self.lora_B.to(hidden.dtype), weights, index, self.scaling)
+        return out.view(y.shape)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.dropout) if self.training and self.dropout else x
 
     def _observed(self, logits: Tensor, context: RoutingContext) -> Tensor:
         """The logits, with the balance gradient attached in training and counted where somebody watches."""
@@ -126,27 +121,11 @@ class RoutedLora(nn.Module):
             self.state.observe(routing, context.real_tokens(logits.shape[0]))
         return logits
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_stack": None}
-
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return weight.dtype
-
-
-def _dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    return nn.functional.dropout(x, p, training) if p and training else x
-
-
-def _add(y: Tensor, hidden: Tensor, lora_B: Tensor, weights: Tensor, index: Tensor | None) -> Tensor:
-    """`experts_out` in the shape of y, and in its dtype where that is not the adapter's."""
-    flat = y.reshape(-1, y.shape[-1])
-    if y.dtype == hidden.dtype:
-        return experts_out(flat, hidden, lora_B, weights, index).view(y.shape)
-    nothing = hidden.new_zeros(()).expand(flat.shape)
-    return (flat + experts_out(nothing, hidden, lora_B, weights, index).to(y.dtype)).view(y.shape)
 
 
 @final
@@ -185,7 +164,8 @@ class LinearMoeLinear(MoeTunerLayer):
         experts = self.linear_moe_experts[adapter_name]
         if not self.is_static(adapter_name):
             raise ValueError(f"Adapter '{adapter_name}' is routed: its delta depends on the token.")
-        delta = experts.scaling * (experts.lora_B.flatten(0, 1).T.float() @ experts.lora_A.flatten(0, 1).float())
+        A, B = (factor.flatten(0, 1).to(routing_dtype(factor.dtype)) for factor in (experts.lora_A, experts.lora_B))
+        delta = experts.scaling * (B.T @ A)
         if type(self.get_base_layer()).__name__ == "Conv1D":
             delta = delta.T
         return delta.to(self.get_base_weight().dtype)

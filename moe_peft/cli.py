@@ -1,0 +1,159 @@
+"""`moe-peft`: parses, calls the other rooms, prints. A command is one function with `@app.command()`.
+
+Heavy imports stand inside the commands, so that `--help` and a misspelt command do not wait for a trainer. What a user
+can set right is raised as an exception with a sentence; `main` prints that sentence and leaves with code 2.
+"""
+
+import difflib
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Mixtures of LoRA experts for Hugging Face PEFT: train them with TRL, look into them, merge them.",
+)
+
+
+@app.callback()
+def _before_any_command(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options that stand before the command; `main` reads them."""
+
+
+@app.command()
+def methods() -> None:
+    """The catalogue: every published method that `--adapter` takes by name."""
+    from moe_peft import catalogue
+
+    table = Table(title="Methods for --adapter", caption="Each has a card: adapters/NAME/README.md")
+    for title in ("name", "type", "experts", "routing", "balance", "idea"):
+        table.add_column(title, overflow="fold")
+    for name in catalogue.methods():
+        config = catalogue.from_catalogue(name)
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        top_k = getattr(config, "top_k", None)
+        routing = getattr(config, "routing", "-") + (f", top {top_k}" if top_k else "")
+        experts, balance = str(getattr(config, "num_experts", "-")), str(getattr(config, "balance", "-"))
+        table.add_row(name, kind, experts, routing, balance, catalogue.idea(name))
+    Console().print(table)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def train(context: typer.Context) -> None:
+    """Train an adapter on your data with TRL; `moe-peft train --help` lists what it takes."""
+    try:
+        from moe_peft.training import main as train_main
+    except ModuleNotFoundError as error:
+        if error.name in ("trl", "datasets"):
+            raise ImportError(f'Training needs {error.name}: pip install "peft-moe[train]"') from error
+        raise
+
+    train_main(context.args)
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="Gets the adapters, the picture and all figures.")] = Path(
+        "demo_output"
+    ),
+    seed: Annotated[int, typer.Option(help="Of the rows and of both adapters.")] = 0,
+    steps: Annotated[int, typer.Option(help="Optimiser steps for each adapter.")] = 300,
+) -> None:
+    """The whole product in minutes on a CPU: train, compare with LoRA, reload, merge, look at the routers."""
+    from moe_peft.demo import run
+
+    run(output_dir, seed=seed, steps=steps)
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[str, typer.Argument(help="The folder that training wrote, or an id on the Hub.")],
+    model: Annotated[str | None, typer.Option(help="The backbone, if not the one that the adapter names.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Text to route, as for `train --dataset`; a slice: rows.jsonl#train[:100].")
+    ] = None,
+    by: Annotated[str | None, typer.Option(help="The column of --data that names a row's domain.")] = None,
+    limit: Annotated[int, typer.Option(help="At most this many rows.")] = 256,
+    output: Annotated[Path | None, typer.Option(help="Gets routing.json and routing.png.")] = None,
+    load_in: Annotated[str, typer.Option(help="4bit, 8bit or none.")] = "4bit",
+) -> None:
+    """What an adapter is: parameters, the LoRA of the same size, and with --data the health of its routers."""
+    from moe_peft.inspecting import inspect_adapter
+
+    inspect_adapter(Console(), adapter, model, data, by, limit, output, load_in)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="The folder of a routed adapter, or an id on the Hub.")],
+    calibration: Annotated[str, typer.Option(help="Text to fit on, as for `train --dataset`.")],
+    output: Annotated[Path, typer.Option(help="Gets the plain LoRA and moe_peft_merge.json.")],
+    rank: Annotated[int | None, typer.Option(help="Of the plain LoRA; by default all directions are kept.")] = None,
+    method: Annotated[str, typer.Option(help="lstsq, or mean for each expert's mean weight.")] = "lstsq",
+    held_out: Annotated[
+        str | None, typer.Option(help="Text to measure on; by default a quarter of --calibration.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="At most this many rows of text.")] = 512,
+    model: Annotated[str | None, typer.Option(help="The backbone, if not the one that the adapter names.")] = None,
+    load_in: Annotated[str, typer.Option(help="4bit, 8bit or none.")] = "4bit",
+) -> None:
+    """One plain LoRA in place of a routed adapter, for any LoRA server, with what that loses measured and printed."""
+    from moe_peft.inspecting import merge_adapter
+
+    merge_adapter(Console(), adapter, calibration, output, rank, method, held_out, limit, model, load_in)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The entry point: runs a command and leaves with its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments[: next((i for i, word in enumerate(arguments) if not word.startswith("-")), None)]
+    # TRL sets a field that transformers has renamed; the user can do nothing about it.
+    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
+    try:
+        _refuse_unknown_command(arguments)
+        code = int(app(arguments, prog_name="moe-peft", standalone_mode=False) or 0)
+    except Exception as error:
+        usage = getattr(error, "format_message", None)  # of typer's own errors
+        if type(error).__name__ == "Abort":  # some versions of typer raise it for Ctrl-C, others return the code
+            code = INTERRUPTED
+        elif debug or not (usage or isinstance(error, (ValueError, TypeError, ImportError, OSError, RuntimeError))):
+            raise
+        else:
+            _say(usage() if usage else str(error).strip() or type(error).__name__)
+            if not usage and not isinstance(error, (ValueError, ImportError)):  # it may be our mistake as well
+                _say("`moe-peft --debug ...` shows where this comes from.", "dim")
+            code = USER_ERROR
+    if code == INTERRUPTED:
+        again = "; `--resume_from_checkpoint` goes on from the last checkpoint" if "train" in arguments[:2] else ""
+        _say(f"Interrupted. What was saved before is as it was{again}.")
+    sys.exit(code)
+
+
+def _say(sentence: str, style: str = "red") -> None:
+    Console(stderr=True, soft_wrap=True).print(sentence, style=style, markup=False, highlight=False)
+
+
+def _refuse_unknown_command(arguments: Sequence[str]) -> None:
+    command = next((word for word in arguments if not word.startswith("-")), None)
+    known = [
+        c.name or c.callback.__name__.replace("_", "-") for c in app.registered_commands if c.callback is not None
+    ]
+    if command is None or command in known:
+        return
+    close = difflib.get_close_matches(command, known, n=1)
+    hint = f"Did you mean '{close[0]}'?" if close else f"Choose one of: {', '.join(known)}."
+    raise ValueError(f"`moe-peft {command}` is not a command. {hint}")

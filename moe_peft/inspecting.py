@@ -1,0 +1,133 @@
+"""What `moe-peft inspect` and `moe-peft merge` do: load an adapter, look at it or fit a static LoRA, print, save."""
+
+import json
+import random
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig
+
+from moe_peft.agreement import Agreement, measure_agreement
+from moe_peft.budget import count_parameters, equal_budget_lora, meta_backbone
+from moe_peft.config import MoeConfig
+from moe_peft.loaded import batches_of, load_adapter
+from moe_peft.merge import fit_static, routed_layers, save_static
+from moe_peft.report import health_table, heat_map, routing_report, short_name
+
+
+def inspect_adapter(
+    console: Console,
+    adapter: str,
+    model: str | None,
+    data: str | None,
+    by: str | None,
+    limit: int,
+    output: Path | None,
+    load_in: str,
+) -> None:
+    """Print what an adapter is and, with data, how its routers do.
+
+    Raises:
+        ValueError: an adapter, model or data that cannot be used, in words.
+    """
+    if by is not None and data is None:
+        raise ValueError(
+            f"`--by` is '{by}', but there is no `--data` whose column it could be. Give `--data` as well."
+        )
+    adapted, tokenizer = load_adapter(adapter, model, load_in)
+    for parameter in (p for n, p in adapted.named_parameters() if adapted.base_model.prefix in n):
+        parameter.requires_grad_(True)  # loaded for inference; counted as trained
+    config = adapted.peft_config["default"]
+    count = count_parameters(adapted)
+    backbone = meta_backbone(AutoConfig.from_pretrained(adapted.get_base_model().config.name_or_path))
+    targets = sorted({name.rsplit(".", 1)[-1] for name in routed_layers(adapted)})
+    table = Table(title=f"{adapter}: {config.peft_type.value}", show_header=False)
+    if isinstance(config, MoeConfig):
+        visited = f"top {config.top_k}" if config.top_k else ""
+        table.add_row("experts", f"{config.num_experts} of rank {config.r}, {config.num_shared_experts} shared")
+        table.add_row("routing", f"{config.routing} {visited}; balance {config.balance}")
+    table.add_row("adapted layers", f"{count.layers}: {', '.join(targets)}")
+    table.add_row("trained parameters", f"{count.trainable:,}, of them {count.router:,} in routers")
+    table.add_row("used by a token", f"{count.active:,}")
+    for label, budget in (("trained", count.trainable), ("used", count.active)):
+        lora = equal_budget_lora(backbone, budget, targets)
+        table.add_row(f"LoRA with as many {label}", f"r = {lora.r}")
+    console.print(table)
+    if data is None:
+        console.print("Give --data FILE (and --by COLUMN) to route text and see which expert answers what.")
+        return
+    report = routing_report(adapted, batches_of(data, tokenizer, by, limit))
+    console.print(health_table(report))
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        report.save(output / "routing.json")
+        heat_map(report, output / "routing.png")
+        console.print(f"Written: {output / 'routing.json'}, {output / 'routing.png'}")
+
+
+def merge_adapter(
+    console: Console,
+    adapter: str,
+    calibration: str,
+    output: Path,
+    rank: int | None,
+    method: str,
+    held_out: str | None,
+    limit: int,
+    model: str | None,
+    load_in: str,
+) -> None:
+    """Fit a plain LoRA to a routed adapter, measure what it loses on text it was not fitted to, save both.
+
+    Raises:
+        ValueError: an adapter, model, text or setting that cannot be used, in words.
+    """
+    adapted, tokenizer = load_adapter(adapter, model, load_in)
+    text = batches_of(calibration, tokenizer, limit=limit)["all"]
+    if held_out is not None:
+        measured = batches_of(held_out, tokenizer, limit=limit)["all"]
+    elif len(text) < 2:
+        raise ValueError(
+            f"`--calibration` gives {len(text)} batch of text, too little to keep a part for measuring. Give more than 8 "
+            "rows, or other text with `--held-out`."
+        )
+    else:
+        random.Random(0).shuffle(text)
+        quarter = max(1, len(text) // 4)
+        text, measured = text[quarter:], text[:quarter]
+    factors = fit_static(adapted, text, rank, method)
+    agreement = measure_agreement(adapted, factors, measured)
+    base_model = adapted.peft_config["default"].base_model_name_or_path
+    record = {"adapter": adapter, "method": method, "calibration": calibration, **agreement._asdict()}
+    config = save_static(factors, output, base_model, {"moe_peft_merge.json": json.dumps(record, indent=1)})
+    console.print(agreement_table(agreement, config.r))
+    worst = sorted(agreement.layer_error.items(), key=lambda item: -item[1])[:5]
+    console.print("Largest errors: " + ", ".join(f"{short_name(name)} {error:.0%}" for name, error in worst))
+    console.print(
+        f"Written to {output}: a plain PEFT LoRA. A routed adapter is no weight; above is what the merge loses."
+    )
+
+
+def agreement_table(agreement: Agreement, rank: int, scores: dict[str, float] | None = None) -> Table:
+    """Base, routed and merged model beside each other.
+
+    Args:
+        scores: exact match of "base", "routed" and "merged", where it was measured.
+    """
+    a = agreement
+    shown = Table(
+        title=f"Static merge into one plain LoRA of rank {rank}",
+        caption=f"on {a.tokens} tokens it was not fitted to",
+    )
+    for title in ("", "loss", "KL from routed", "same top token", *(["exact match"] if scores else [])):
+        shown.add_column(title, justify="right")
+    rows = (
+        ("base", a.loss_base, a.kl_base, a.top1_base),
+        ("routed", a.loss_routed, 0.0, 1.0),
+        ("merged", a.loss_merged, a.kl_merged, a.top1_merged),
+    )
+    for name, loss, kl, top1 in rows:
+        exact = [f"{scores[name]:.0%}"] if scores else []
+        shown.add_row(name, f"{loss:.3f}", f"{kl:.3f}", f"{top1:.0%}", *exact)
+    return shown

@@ -1,0 +1,25 @@
+"""PEFT's tests of configs: to and from JSON, copies, pickles, task types, versions."""
+
+import pytest
+
+from moe_peft import LinearMoeConfig
+
+from . import checkpoints
+from .factory import PER_LAYER, RULES, rebuild, upstream
+
+
+# Read by tests that load a LoRA config through another method's class.
+upstream("test_config").PEFT_MODELS_TO_TEST = [(checkpoints.path(checkpoints.LORA_ADAPTER), "test")]
+
+TestPeftConfig = rebuild(
+    "test_config",
+    "TestPeftConfig",
+    {
+        "config_class,mandatory_kwargs": [
+            pytest.param(LinearMoeConfig, kwargs, id=name)
+            for name, kwargs in {"defaults": {}, "per layer": PER_LAYER, **RULES}.items()
+        ],
+        "config_class": [pytest.param(LinearMoeConfig, id="LinearMoeConfig")],
+    },
+    say_lora=("test_lora_config_layers_to_transform_validation", "test_regex_with_layer_indexing_lora"),
+)

@@ -1,0 +1,37 @@
+"""PEFT's tests on six families of decoders: training with and without checkpointing, generation, merging, saving."""
+
+import pytest
+
+from moe_peft import LinearMoeConfig
+
+from . import checkpoints
+from .factory import PER_LAYER, RULES, rebuild, upstream
+
+
+CAUSAL = {"task_type": "CAUSAL_LM", "target_modules": None}
+CONFIGS = {
+    "one expert": {**RULES["one expert"], "lora_dropout": 0.05},
+    "top-k per layer": PER_LAYER,
+    "dense with tokens": {**RULES["dense"], "trainable_token_indices": [0, 1, 3]},
+    "top-1": RULES["top-1"],
+}
+
+# It skips every method but BEFT where the model has no biases, which BEFT alone needs.
+upstream("test_decoder_models").check_beft_config = lambda *args: None
+
+TestDecoderModels = rebuild(
+    "test_decoder_models",
+    "TestDecoderModels",
+    {
+        "model_id": [pytest.param(checkpoints.path(name), id=name) for name in checkpoints.DECODERS],
+        "config_cls,config_kwargs": [
+            pytest.param(LinearMoeConfig, {**CAUSAL, **kwargs}, id=name) for name, kwargs in CONFIGS.items()
+        ],
+    },
+    pretend_lora=(
+        "test_mixed_adapter_batches",
+        "test_generate_with_mixed_adapter_batches",
+        "_test_mixed_adapter_batches",
+        "_test_generate_with_mixed_adapter_batches_and_beam_search",
+    ),
+)

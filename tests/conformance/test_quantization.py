@@ -1,0 +1,35 @@
+"""PEFT's tests on bitsandbytes layers, 4-bit and 8-bit, on the CPU."""
+
+import pytest
+
+from moe_peft import LinearMoeConfig
+
+from . import checkpoints
+from .factory import RULES, rebuild, upstream
+
+
+pytest.importorskip("bitsandbytes")
+
+
+def _loaders() -> list:
+    """Upstream's, reading a local model. Subclasses would fall under its skip of 4-bit merging on the CPU."""
+    params = []
+    for name in ("Bnb4bitLoader", "Bnb8bitLoader"):
+        loader = getattr(upstream("test_quantization"), name)
+        ours = type(name, (), {**vars(loader), "model_id": checkpoints.path("opt-125m")})
+        params.append(pytest.param(ours(), id=ours.name))
+    return params
+
+
+QV = {"target_modules": ["q_proj", "v_proj"]}
+
+TestQuantization = rebuild(
+    "test_quantization",
+    "TestQuantization",
+    {
+        "quant": _loaders(),
+        "config_cls,config_kwargs": [
+            pytest.param(LinearMoeConfig, {**QV, **kwargs}, id=name) for name, kwargs in RULES.items()
+        ],
+    },
+)

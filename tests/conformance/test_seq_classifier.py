@@ -1,0 +1,23 @@
+"""PEFT's tests on sequence classifiers, whose head is trained and saved beside the adapter."""
+
+import pytest
+
+from moe_peft import LinearMoeConfig
+
+from . import checkpoints
+from .factory import PER_LAYER, RULES, rebuild
+
+
+CLASSIFY = {"task_type": "SEQ_CLS", "target_modules": None}
+CONFIGS = {"one expert": RULES["one expert"], "top-k per layer": PER_LAYER, "dense": RULES["dense"]}
+
+TestSequenceClassificationModels = rebuild(
+    "test_seq_classifier",
+    "TestSequenceClassificationModels",
+    {
+        "model_id": [pytest.param(checkpoints.path(name), id=name) for name in checkpoints.CLASSIFIERS],
+        "config_cls,config_kwargs": [
+            pytest.param(LinearMoeConfig, {**CLASSIFY, **kwargs}, id=name) for name, kwargs in CONFIGS.items()
+        ],
+    },
+)

@@ -1,0 +1,169 @@
+"""The catalogue: every entry is whole, harmless at the start, counts as its paper does; and what is misspelt is refused."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from conftest import make_tiny_llama
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig
+
+import moe_peft
+from moe_peft import catalogue, plain_yaml
+from moe_peft.budget import count_config, meta_backbone
+from moe_peft.catalogue import adapter_config, entry_folder, from_catalogue, methods, recipe
+
+
+LLAMA_2_7B = LlamaConfig(
+    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
+)
+AS_PUBLISHED = {"mola": (105_635_840, 5_693_440), "loramoe": (38_486_016, 3_686_400)}  # all, of them in routers
+
+
+@pytest.mark.parametrize("name", methods())
+def test_an_entry_is_whole(name):
+    config = from_catalogue(name)
+    written = json.loads((entry_folder(name) / "adapter_config.json").read_text())
+    for key, value in written.items():
+        held = getattr(config, key)
+        assert (held == set(value)) if isinstance(value, list) else (held == value), key
+    assert recipe(name)["learning_rate"] > 0
+    assert (entry_folder(name) / "README.md").is_file()
+    assert catalogue.idea(name)
+
+
+@pytest.mark.parametrize("name", methods())
+def test_a_recipe_has_fields_of_sft_config_and_says_where_each_is_from(name):
+    SFTConfig = pytest.importorskip("trl").SFTConfig
+    known = {field.name for field in dataclasses.fields(SFTConfig)}
+    assert set(recipe(name)) <= known
+    lines = (entry_folder(name) / "recipe.yaml").read_text().splitlines()
+    for line in lines:
+        assert line.startswith("#") or not line.strip() or "  # " in line, f"no source: {line}"
+
+
+@pytest.mark.parametrize("name", methods())
+def test_an_entry_changes_nothing_at_the_start_and_learns(name, tokens):
+    model = make_tiny_llama()
+    before = model(tokens).logits
+    model = get_peft_model(model, from_catalogue(name)).eval()
+    torch.testing.assert_close(model(tokens).logits, before, rtol=0, atol=0)
+    model.train()
+    types = {"task_types": torch.tensor([0, 1, 0])} if name == "loramoe" else {}
+    model(tokens, labels=tokens, **types).loss.backward()
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    assert all(p.grad is not None for _, p in trained)
+    assert all(p.grad.abs().sum() > 0 for n, p in trained if "lora_B" in n)
+
+
+@pytest.mark.parametrize("name", sorted(AS_PUBLISHED))
+def test_an_entry_has_as_many_parameters_as_published(name):
+    count = count_config(meta_backbone(LLAMA_2_7B), from_catalogue(name))
+    assert (count.trainable, count.router) == AS_PUBLISHED[name]
+
+
+def test_overrides_are_checked_with_the_rest():
+    assert from_catalogue("mola", r="4:8", num_experts=4).r == "4:8"
+    assert moe_peft.from_catalogue("mola").num_experts == "2:4:6:8"
+    with pytest.raises(ValueError, match=r"`top_k` is 3, but must be at most 2, as `num_experts` = '2:4:6:8'"):
+        from_catalogue("mola", top_k=3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: from_catalogue("loramo"), "'loramo' is not in the catalogue. Did you mean 'loramoe'?"),
+        (lambda: recipe("xyz"), "'xyz' is not in the catalogue. Choose one of: 'loramoe', 'mola', 'molora'"),
+        (lambda: from_catalogue("mola", num_expert=4), "`num_expert` is not a field of LinearMoeConfig. Did you mean"),
+        (lambda: adapter_config("molara"), "'molara' is neither in the catalogue nor a folder. Did you mean 'molora'"),
+        (lambda: adapter_config("./nowhere"), "'./nowhere' is neither in the catalogue nor a folder"),
+        (lambda: adapter_config("no/body"), "'no/body' is no folder here, and the Hub gave no adapter_config.json"),
+    ],
+)
+def test_what_is_misspelt_is_refused(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+def write(folder, **values):
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    return str(folder)
+
+
+def test_a_folder_is_an_adapter_too(tmp_path):
+    LoraConfig(r=4, target_modules=["q_proj"]).save_pretrained(tmp_path)
+    for spec in (str(tmp_path), str(tmp_path / "adapter_config.json")):
+        source = adapter_config(spec, r=2)
+        assert (source.config.r, source.config.target_modules, source.recipe) == (2, {"q_proj"}, {})
+        assert not source.weights
+    (tmp_path / "adapter_model.safetensors").touch()
+    (tmp_path / "recipe.yaml").write_text("learning_rate: 1e-3\n")
+    source = adapter_config(str(tmp_path))
+    assert source.weights
+    assert source.recipe == {"learning_rate": 1e-3}
+    assert not source.config.inference_mode
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"peft_type": "LINEAR_MOE", "num_experts": 4, "topk": 2}, "`topk` in .* Did you mean 'top_k'"),
+        ({"peft_type": "LINER_MOE"}, "`peft_type` in .* is 'LINER_MOE', which PEFT does not know. Did you mean"),
+        ({"r": 8}, "has no `peft_type`"),
+    ],
+)
+def test_a_folder_with_a_mistake_is_refused(tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        adapter_config(write(tmp_path, **values))
+
+
+def test_a_folder_without_a_config_and_one_with_broken_json_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"has no adapter_config.json, so it is not an adapter"):
+        adapter_config(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not valid JSON: Expecting property name"):
+        adapter_config(str(tmp_path))
+
+
+def test_the_catalogue_is_found_inside_an_installed_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalogue, "_HERE", tmp_path / "moe_peft")
+    with pytest.raises(FileNotFoundError, match=r"The catalogue `adapters/` is neither in .* nor beside it"):
+        methods()
+    entry = tmp_path / "moe_peft" / "adapters" / "tiny"
+    entry.mkdir(parents=True)
+    write(entry, peft_type="LINEAR_MOE", num_experts=2)
+    assert methods() == ["tiny"]
+    assert from_catalogue("tiny").num_experts == 2
+    assert recipe("tiny") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2:4:6:8", "2:4:6:8"),
+        ("no", "no"),
+        ("3e-4", 3e-4),
+        ("8", 8),
+        (".5", 0.5),
+        ("true", True),
+        ("null", None),
+        ("", None),
+        ("[q_proj, v_proj]", ["q_proj", "v_proj"]),
+        ("{use_reentrant: false}", {"use_reentrant": False}),
+        ("'8'", "8"),
+    ],
+)
+def test_yaml_means_what_it_looks_like(text, value):
+    assert plain_yaml.load(text) == value
+    assert type(plain_yaml.load(text)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "my.yaml is not valid YAML: while parsing"), ("- a", "my.yaml must hold settings, .* but holds a list")],
+)
+def test_settings_that_are_none_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        plain_yaml.load_settings(text, "my.yaml")

@@ -1,0 +1,292 @@
+"""Every field goes to JSON and back; every wrong value is refused in a sentence that says what to do instead."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from conftest import make_tiny_llama
+from peft import PeftConfig, get_peft_model
+from torch import nn
+
+from moe_peft import LinearMoeConfig
+from moe_peft.tuners.base import MoeTunerLayer
+
+
+def refusal(field: str, value: object, allowed: str, remedy: str) -> str:
+    """A regex for the four parts of a refusal; `allowed` and `remedy` are regexes."""
+    return f"`{field}` is {re.escape(repr(value))}, but must be {allowed}.*{remedy}"
+
+
+# --- what a config says without being told ---
+
+
+@pytest.mark.parametrize(
+    ("given", "filled_in"),
+    [
+        ({}, {"top_k": 2, "balance": "switch"}),
+        ({"num_experts": 1}, {"top_k": 1, "balance": "switch"}),
+        ({"num_experts": "2:8"}, {"top_k": 2}),
+        ({"routing": "softmax"}, {"top_k": None, "balance": "none"}),
+        ({"routing": "top_1"}, {"top_k": None, "balance": "switch"}),
+        ({"routing": "top_1", "top_k": 1}, {"top_k": 1}),
+        ({"routing": "softmax", "balance": "localized"}, {"balance": "localized"}),
+        ({"target_modules": ["b", "a"]}, {"target_modules": {"a", "b"}}),
+        ({"exclude_modules": ["b", "a"]}, {"exclude_modules": {"a", "b"}}),
+        ({"target_modules": "all-linear"}, {"target_modules": "all-linear"}),
+    ],
+)
+def test_what_is_left_out_follows_from_the_rest(given, filled_in):
+    config = LinearMoeConfig(**given)
+    assert {name: getattr(config, name) for name in filled_in} == filled_in
+
+
+def test_a_list_of_targets_stays_the_users():
+    targets = ["q_proj", "v_proj"]
+    LinearMoeConfig(target_modules=targets)
+    assert targets == ["q_proj", "v_proj"]
+
+
+# --- JSON ---
+
+OTHER_VALUES = {
+    "task_type": "CAUSAL_LM",
+    "peft_type": "LINEAR_MOE",
+    "auto_mapping": {"base_model_class": "M", "parent_library": "m"},
+    "peft_version": "0.21.0",
+    "base_model_name_or_path": "some/model",
+    "revision": "main",
+    "inference_mode": True,
+    "r": [2, 4],
+    "num_experts": "2:4:6:8",
+    "num_shared_experts": 1,
+    "top_k": 2,
+    "lora_alpha": 7.5,
+    "use_rslora": True,
+    "lora_dropout": 0.25,
+    "routing": "top_1",
+    "balance": "none",
+    "router_aux_loss_coef": 0.5,
+    "balance_delta": 0.3,
+    "router_init_std": 0.02,
+    "router_scale": 3.0,
+    "target_modules": ["q_proj", "v_proj"],
+    "exclude_modules": ["k_proj"],
+    "modules_to_save": ["lm_head"],
+    "layers_to_transform": [0, 2],
+    "layers_pattern": "layers",
+    "trainable_token_indices": [1, 2],
+    "init_weights": False,
+    "plugin": "a_fork_of_moe_peft",
+}
+NEEDS = {"layers_pattern": {"layers_to_transform": [0]}}
+
+
+def test_the_table_above_knows_every_field():
+    fields = {field.name: field.default for field in dataclasses.fields(LinearMoeConfig)}
+    assert OTHER_VALUES.keys() == fields.keys()
+    same = [name for name, default in fields.items() if OTHER_VALUES[name] == default]
+    assert same == []
+
+
+@pytest.mark.parametrize("field", OTHER_VALUES)
+def test_every_field_survives_json(tmp_path, field):
+    config = LinearMoeConfig(**{field: OTHER_VALUES[field], **NEEDS.get(field, {})})
+    config.save_pretrained(tmp_path)
+    for loaded in (PeftConfig.from_pretrained(tmp_path), LinearMoeConfig.from_pretrained(tmp_path)):
+        assert loaded == config
+        value = getattr(loaded, field)
+        assert value == (set(OTHER_VALUES[field]) if isinstance(value, set) else OTHER_VALUES[field])
+        assert type(value) is type(getattr(config, field))
+
+
+def test_a_changed_copy_is_checked_again():
+    config = dataclasses.replace(LinearMoeConfig(), r=3)
+    assert config.r == 3
+    with pytest.raises(ValueError, match=refusal("r", 0, "a whole number", "Correct")):
+        dataclasses.replace(config, r=0)
+
+
+# --- refusals ---
+
+NUMBERS = ["a", None, True, float("nan"), float("inf"), -1]
+REFUSALS = [
+    ({"r": 0}, refusal("r", 0, "a whole number of at least 1", "Correct the entry")),
+    ({"r": "4:x"}, refusal("r", "4:x", "a whole number of at least 1", "Write digits separated by colons")),
+    ({"num_experts": [4, -1]}, refusal("num_experts", [4, -1], "a whole number of at least 1", "Correct the entry")),
+    *(
+        ({"num_shared_experts": n}, refusal("num_shared_experts", n, "a whole number of at least 0", "0 is none"))
+        for n in (-1, 1.0, True, "1", None)
+    ),
+    *(({"lora_alpha": x}, refusal("lora_alpha", x, "a positive number", "16 is")) for x in [0, *NUMBERS]),
+    *(
+        ({"lora_dropout": x}, refusal("lora_dropout", x, "at least 0 and below 1", "such as 0.05"))
+        for x in [1.0, 1.5, *NUMBERS]
+    ),
+    *(
+        ({"router_init_std": x}, refusal("router_init_std", x, "at least 0, or None", "0.02"))
+        for x in NUMBERS
+        if x is not None
+    ),
+    *(({"router_scale": x}, refusal("router_scale", x, "a positive number", "1.0 leaves")) for x in [0, *NUMBERS]),
+    *(
+        ({"router_aux_loss_coef": x}, refusal("router_aux_loss_coef", x, "at least 0", "0 turns balancing off"))
+        for x in NUMBERS
+    ),
+    *(
+        (
+            {"balance": "localized", "routing": "softmax", "balance_delta": x},
+            refusal("balance_delta", x, "at least 0 and below 1", "LoRAMoE uses 0.1"),
+        )
+        for x in [1.0, *NUMBERS]
+    ),
+    (
+        {"routing": "softmax_topk"},
+        refusal("routing", "softmax_topk", "one of 'softmax", "Did you mean 'softmax_top_k'"),
+    ),
+    (
+        {"routing": "hash"},
+        refusal("routing", "hash", "one of 'softmax", "Choose one of: 'softmax', 'softmax_top_k', "),
+    ),
+    ({"routing": None}, refusal("routing", None, "one of 'softmax", "Choose one of")),
+    (
+        {"routing": "softmax", "top_k": 2},
+        refusal("top_k", 2, "left out .*'softmax', .* every expert", "Remove `top_k`"),
+    ),
+    ({"routing": "top_1", "top_k": 2}, refusal("top_k", 2, "left out .*'top_1', .* one expert", "Remove `top_k`")),
+    *(
+        ({"top_k": k}, refusal("top_k", k, "a whole number of at least 1", "2 is what"))
+        for k in (0, -1, 2.0, "2", True)
+    ),
+    ({"num_experts": 4, "top_k": 5}, refusal("top_k", 5, "at most 4, as `num_experts` = 4 gives", "lower `top_k` or")),
+    (
+        {"num_experts": "2:4", "top_k": 3},
+        refusal("top_k", 3, "at most 2, as `num_experts` = '2:4'", "raise the small"),
+    ),
+    ({"num_experts": [1, 4]}, refusal("top_k", 2, r"at most 1, as `num_experts` = \[1, 4\]", "raise the smallest")),
+    ({"top_k": 1}, refusal("top_k", 1, "at least 2", "never train the router: use `routing` = 'top_1'")),
+    ({"balance": "swich"}, refusal("balance", "swich", "one of 'switch'", "Did you mean 'switch'")),
+    (
+        {"balance": "switch", "routing": "softmax"},
+        refusal("balance", "switch", "'localized' or 'none'", "is constant"),
+    ),
+    (
+        {"balance": "localized", "routing": "softmax", "num_experts": "2:3"},
+        refusal("num_experts", "2:3", "even numbers", "Change 3 to 4"),
+    ),
+    (
+        {"layers_to_transform": [0], "target_modules": "q_proj"},
+        "`layers_to_transform` cannot be used when .*the regex",
+    ),
+    ({"layers_pattern": "h", "target_modules": "q_proj"}, "`layers_pattern` cannot be used when .*the regex"),
+    ({"layers_pattern": "h", "target_modules": ["q_proj"]}, "`layers_to_transform` must also be specified"),
+    ({"task_type": "SING"}, "Invalid task type: 'SING'. Must be one of the following task types"),
+    ({"top": 2}, "`top` is not a field of LinearMoeConfig. Did you mean 'top_k'?"),
+    ({"n_experts": 2}, "`n_experts` is not a field of LinearMoeConfig. Did you mean 'num_experts'?"),
+    ({"bias": "all"}, "`bias` is not a field of LinearMoeConfig. Choose one of: 'auto_mapping', 'balance', "),
+]
+
+
+@pytest.mark.parametrize(("given", "sentence"), REFUSALS, ids=[str(given) for given, _ in REFUSALS])
+def test_a_wrong_value_is_refused(given, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        LinearMoeConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"lora_apha": 32}, "`lora_apha` is not a field of LinearMoeConfig. Did you mean 'lora_alpha'?"),
+        ({"r": 0}, refusal("r", 0, "a whole number", "Correct")),
+        ({"routing": "softmax"}, refusal("top_k", 2, "left out", "Remove `top_k`")),
+    ],
+)
+@pytest.mark.parametrize("config_class", [PeftConfig, LinearMoeConfig])
+def test_a_wrong_value_in_a_file_is_refused(tmp_path, changes, sentence, config_class):
+    LinearMoeConfig(target_modules=["q_proj"]).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ValueError, match=sentence):
+        config_class.from_pretrained(tmp_path)
+
+
+# --- what only the model can tell ---
+
+
+def layer_settings(model) -> list[tuple[str, int, int]]:
+    return [
+        (name.split(".layers.")[1], layer.num_experts["default"], layer.r["default"])
+        for name, layer in model.named_modules()
+        if isinstance(layer, MoeTunerLayer)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "r", "expected"),
+    [
+        ("2:4", 4, [(2, 4), (2, 4), (4, 4), (4, 4)]),
+        (4, "1:2:3:4", [(4, 1), (4, 2), (4, 3), (4, 4)]),
+        ([2, 3, 4, 5], [8, 4, 2, 1], [(2, 8), (3, 4), (4, 2), (5, 1)]),
+    ],
+)
+def test_each_layer_gets_its_number_of_experts_and_its_rank(tiny_llama, num_experts, r, expected):
+    config = LinearMoeConfig(num_experts=num_experts, r=r, target_modules=["q_proj", "down_proj"])
+    settings = layer_settings(get_peft_model(tiny_llama, config))
+    names = [f"{i}.{name}" for i in range(4) for name in ("self_attn.q_proj", "mlp.down_proj")]
+    assert settings == [(name, *expected[int(name[0])]) for name in names]
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"target_modules": ["q_proj"], "layers_to_transform": [1, 3]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1, 3], "layers_pattern": "layers"},
+        {"target_modules": r".*\.[13]\..*q_proj"},
+        {"target_modules": ["q_proj"], "exclude_modules": r".*\.[02]\..*"},
+    ],
+)
+def test_a_layer_keeps_its_number_when_others_are_left_out(tiny_llama, targets):
+    model = get_peft_model(tiny_llama, LinearMoeConfig(num_experts=[2, 3, 4, 5], **targets))
+    assert [(name[0], experts) for name, experts, _ in layer_settings(model)] == [("1", 3), ("3", 5)]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "sentence"),
+    [
+        ({"num_experts": [2, 4]}, ValueError, refusal("num_experts", [2, 4], "a list of 4 numbers", "It has 2")),
+        ({"r": [2] * 5}, ValueError, refusal("r", [2] * 5, "a list of 4 numbers", "It has 5")),
+        ({"r": "1:2:3:4:5"}, ValueError, refusal("r", "1:2:3:4:5", "a pattern of at most 4 groups", "drop 1")),
+        (
+            {"r": "1:2", "target_modules": ["lm_head"]},
+            ValueError,
+            "`r` = '1:2' differ between layers, but the target 'lm_head' has no layer number .*exclude that module",
+        ),
+        (
+            {"target_modules": ["nope"]},
+            ValueError,
+            "Target modules .*nope.* not found in the base model. Please check the target modules",
+        ),
+        (
+            {"target_modules": ["embed_tokens"]},
+            TypeError,
+            "Target module of type Embedding is not supported: .*linear layers.*Narrow `target_modules`",
+        ),
+    ],
+)
+def test_what_does_not_suit_the_model_is_refused_before_it_is_touched(tiny_llama, tokens, given, error, sentence):
+    before = tiny_llama(tokens).logits
+    with pytest.raises(error, match=sentence):
+        get_peft_model(tiny_llama, LinearMoeConfig(**{"target_modules": ["q_proj"], **given}))
+    assert not any(isinstance(module, MoeTunerLayer) for module in tiny_llama.modules())
+    assert torch.equal(tiny_llama(tokens).logits, before)
+
+
+def test_a_model_without_default_targets_is_told_so():
+    with pytest.raises(ValueError, match="Please specify `target_modules`"):
+        get_peft_model(nn.Sequential(nn.Linear(2, 2)), LinearMoeConfig())
+
+
+def test_the_default_targets_are_those_of_lora():
+    model = get_peft_model(make_tiny_llama(), LinearMoeConfig())
+    assert {name.rsplit(".", 1)[1] for name in model.targeted_module_names} == {"q_proj", "v_proj"}

@@ -1,0 +1,115 @@
+"""The routing report: known values at the extremes, counts that match the router, a picture that is written."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import make_tiny_llama
+from peft import get_peft_model
+
+from moe_peft import LinearMoeConfig
+from moe_peft.merge import routed_layers
+from moe_peft.report import domain_information, health_table, heat_map, routing_report, short_name
+
+
+def model_and_text(**settings):
+    torch.manual_seed(3)
+    config = LinearMoeConfig(**{"num_experts": 4, "r": 2, "target_modules": "all-linear", **settings})
+    model = get_peft_model(make_tiny_llama(layers=2), config)
+    generator = torch.Generator().manual_seed(0)
+    return model, {d: [{"input_ids": torch.randint(1, 100, (4, 9), generator=generator)}] for d in ("law", "code")}
+
+
+def test_domain_information_is_1_when_each_domain_has_its_own_expert_and_0_when_all_are_alike():
+    assert domain_information(torch.eye(4).double()) == pytest.approx(1.0)
+    assert domain_information(torch.ones(4, 3).double()) == pytest.approx(0.0, abs=1e-12)
+    assert domain_information(torch.tensor([[1.0, 1.0, 0, 0], [0, 0, 9.0, 9.0]])) == pytest.approx(1.0)
+    assert domain_information(torch.ones(1, 3)) == 0.0
+
+
+def test_every_token_is_counted_top_k_times_in_its_own_domain():
+    model, batches = model_and_text()
+    report = routing_report(model, batches)
+    assert report.domains == ["law", "code"]
+    assert len(report.health) == 2 * 7
+    for table in report.counts.values():
+        assert [sum(row) for row in table] == [2 * 4 * 9, 2 * 4 * 9]
+
+
+def test_a_router_that_sends_everything_to_one_pair_of_experts_is_seen():
+    model, batches = model_and_text()
+    name, layer = next(iter(routed_layers(model).items()))
+    router = layer.linear_moe_experts["default"].router
+    with torch.no_grad():
+        router.zero_()
+    even = routing_report(model, batches).health[name]
+    assert even.entropy == pytest.approx(1.0, abs=1e-5)  # undecided: all probabilities alike
+    assert even.dead == 2  # ties always go to the same two experts
+    assert even.max_load == pytest.approx(2.0)
+    assert even.domain_information == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_dense_router_reports_the_weight_that_each_expert_gets():
+    model, batches = model_and_text(routing="softmax")
+    with torch.no_grad():
+        for layer in routed_layers(model).values():
+            layer.linear_moe_experts["default"].router.zero_()
+    for health in routing_report(model, batches).health.values():
+        assert health.load == pytest.approx([0.25] * 4)
+        assert (health.dead, health.entropy) == (0, pytest.approx(1.0, abs=1e-5))
+
+
+def test_padding_is_not_counted():
+    model, _ = model_and_text()
+    ids = torch.randint(1, 100, (2, 6))
+    padded = torch.cat((ids, torch.zeros(2, 3, dtype=torch.long)), dim=1)
+    report = routing_report(model, {"a": [{"input_ids": padded, "attention_mask": (padded != 0).long()}]})
+    assert all(sum(table[0]) == 2 * 12 for table in report.counts.values())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_as_it_was(training):
+    model, batches = model_and_text()
+    model.train(training)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    routing_report(model, batches)
+    assert model.training == training
+    context = next(iter(routed_layers(model).values())).context
+    assert not context.recording
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_it_is_written_as_json_and_as_a_picture(tmp_path):
+    model, batches = model_and_text()
+    report = routing_report(model, batches)
+    report.save(tmp_path / "routing.json")
+    saved = json.loads((tmp_path / "routing.json").read_text())
+    assert saved["domains"] == ["law", "code"]
+    assert saved["layers"][report.most_telling_layer()]["dead"] == report.health[report.most_telling_layer()].dead
+    heat_map(report, tmp_path / "routing.png")
+    assert (tmp_path / "routing.png").read_bytes()[:4] == b"\x89PNG"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["routing.json", "routing.png"]
+    assert health_table(report).row_count == 14
+
+
+def test_names_are_shortened_to_layer_and_projection():
+    assert short_name("model.layers.3.mlp.up_proj") == "3 mlp.up_proj"
+    assert short_name("lin0") == "lin0"
+
+
+def test_entropy_is_a_share_of_the_largest_possible():
+    model, batches = model_and_text()
+    health = next(iter(routing_report(model, batches).health.values()))
+    assert 0 < health.entropy <= 1
+    assert health.max_load <= 4
+    assert math.isclose(sum(health.load), 1.0, rel_tol=1e-6)
+
+
+def test_bad_input_is_refused_in_words():
+    model, _ = model_and_text()
+    with pytest.raises(ValueError, match="Domain 'law' has no text"):
+        routing_report(model, {"law": []})
+    plain, batches = model_and_text(num_experts=1)
+    with pytest.raises(ValueError, match="one expert in every layer, so nothing is routed"):
+        routing_report(plain, batches)
