@@ -5,6 +5,7 @@ can set right is raised as an exception with a sentence; `main` prints that sent
 """
 
 import difflib
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -74,8 +75,11 @@ def demo(
     steps: Annotated[int, typer.Option(help="Optimiser steps for each adapter.")] = 300,
 ) -> None:
     """The whole product in minutes on a CPU: train, compare with LoRA, reload, merge, look at the routers."""
+    from transformers.utils.logging import disable_progress_bar
+
     from moe_peft.demo import run
 
+    disable_progress_bar()
     run(output_dir, seed=seed, steps=steps)
 
 
@@ -121,6 +125,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The entry point: runs a command and leaves with its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments[: next((i for i, word in enumerate(arguments) if not word.startswith("-")), None)]
+    # bitsandbytes tells CPU users of a kernel that is optional and that cannot be trained through.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # TRL sets a field that transformers has renamed; the user can do nothing about it.
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
     try:

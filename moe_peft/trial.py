@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from moe_peft.backbone import load_backbone, load_tokenizer
 from moe_peft.pocket import Row, Suite, exact_match, knowledge_probe, per_domain
@@ -125,6 +125,7 @@ def train_adapter(
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+    trainer.remove_callback(PrinterCallback)  # the losses are returned, not printed
     # TRL stores the adapters of a 4-bit model in bf16, where small steps are lost; every method here trains in fp32.
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
