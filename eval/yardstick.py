@@ -176,21 +176,29 @@ def summarise(suite: str, runs: dict[str, list[dict[str, Any]]], rates: dict[str
         }
         for baseline in ("lora", "lora-ffn"):
             if baseline in runs and method != baseline:
-                row[f"p_{baseline}"] = paired_p_value(scores, [trial["score"] for trial in runs[baseline]])
+                for what in ("score", "knowledge"):
+                    ours, theirs = ([trial[what] for trial in runs[m]] for m in (method, baseline))
+                    row[f"p_{what}_{baseline}"] = paired_p_value(ours, theirs)
         rows.append(row)
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The summary as Markdown."""
-    head = "| suite | method | parameters | rate | exact match | worst seed | facts kept | s per run | p against LoRA, LoRA on the FFN | every seed |"
-    lines = [head, "|" + "---|" * 10]
+    lines = [
+        "| suite | method | parameters | rate | exact match | worst seed | p: LoRA, LoRA on the FFN | facts kept | p: LoRA, "
+        "LoRA on the FFN | s per run | every seed |",
+        "|" + "---|" * 11,
+    ]
     for r in rows:
-        p = ", ".join(f"{r[name]:.3f}" if name in r else "–" for name in ("p_lora", "p_lora-ffn"))
+        score_p, knowledge_p = (
+            ", ".join(f"{r[name]:.3f}" if name in r else "–" for name in (f"p_{what}_lora", f"p_{what}_lora-ffn"))
+            for what in ("score", "knowledge")
+        )
         seeds = " ".join(f"{score:.2f}" for score in r["scores"])
         lines.append(
             f"| {r['suite']} | {r['method']} | {r['trainable']:,} | {r['rate']:g} | {r['mean']:.3f} ± {r['sd']:.3f} | "
-            f"{r['worst']:.2f} | {r['knowledge']:.2f} | {r['seconds']:.0f} | {p} | {seeds} |"
+            f"{r['worst']:.2f} | {score_p} | {r['knowledge']:.2f} | {knowledge_p} | {r['seconds']:.0f} | {seeds} |"
         )
     return "\n".join(lines) + "\n"
 

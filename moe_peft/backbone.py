@@ -63,11 +63,12 @@ def load_tokenizer(model: str, tokenizer: str | None = None, **kwargs: Any) -> P
     Raises:
         ValueError: if there is none.
     """
-    path = model_path(tokenizer or model)
+    alone = tokenizer is not None and Path(tokenizer).expanduser().is_dir()  # an adapter's folder, say: no model in it
+    path = str(Path(tokenizer).expanduser()) if tokenizer is not None and alone else model_path(tokenizer or model)
     folder = Path(path)
     if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise ValueError(
-            f"The model folder '{path}' has no tokenizer (no tokenizer.json or tokenizer_config.json). Copy these files "
+            f"The folder '{path}' has no tokenizer (no tokenizer.json or tokenizer_config.json). Copy these files "
             "from where the model came from, or say where they are with `--tokenizer`."
         )
     try:

@@ -18,6 +18,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback, Trai
 from transformers.training_args import TrainingArguments
 
 from moe_peft.attach import RoutingContext, set_aux_scale
+from moe_peft.errors import refuse
 from moe_peft.tuners.base import MoeTunerLayer
 from moe_peft.tuners.linear_moe import RoutedLora
 from moe_peft.watch import (
@@ -54,13 +55,15 @@ class MoeCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(self, adapter_dtype: torch.dtype | str | None = torch.float32) -> None:
-        self.adapter_dtype = getattr(torch, adapter_dtype) if isinstance(adapter_dtype, str) else adapter_dtype
+        dtype = getattr(torch, adapter_dtype, "") if isinstance(adapter_dtype, str) else adapter_dtype
+        if not isinstance(dtype, torch.dtype | None):
+            raise refuse("adapter_dtype", adapter_dtype, "a torch dtype, its name or None", "Use torch.float32.")
+        self.adapter_dtype = dtype
         self.history: list[dict[str, Any]] = []
         self._routers: dict[str, RoutedLora] = {}
         self._context: RoutingContext | None = None
         self._before_cast: list[tuple[nn.Parameter, torch.dtype]] = []
-        self._gradients_checked = False
-        self._warned = False
+        self._gradients_checked = self._warned = False
 
     def on_init_end(
         self,

@@ -269,6 +269,12 @@ def test_adapters_on_four_bits_train_in_full_precision(own, expected, tmp_path):
             assert torch.equal(parameter, before[name].to(expected))
 
 
+def test_a_dtype_that_is_none_is_refused():
+    assert MoeCallback("bfloat16").adapter_dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="`adapter_dtype` is 'float33', but must be a torch dtype, its name or None"):
+        MoeCallback("float33")
+
+
 def test_nothing_is_cast_where_parameters_are_sharded(tmp_path, monkeypatch):
     model = quantised(tmp_path)
     monkeypatch.setattr(

@@ -306,8 +306,9 @@ def test_a_4_bit_base_that_was_evaluated_before_still_trains():
         before = base(x)
     if not all(getattr(state, "packing_format_for_cpu", False) for state in states):
         pytest.skip("this CPU has no AVX512-BF16, for which bitsandbytes repacks weights")
-    with pytest.warns(UserWarning, match="evaluated before the adapter was added"):
+    with pytest.warns(UserWarning, match="evaluated before the adapter was added") as warned:
         model = get_peft_model(base, LinearMoeConfig(target_modules=["0", "1"], init_weights=False))
+    assert len(warned) == 1
     with model.disable_adapter():
         close = (
             2**-6 * before.abs().max().item()

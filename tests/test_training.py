@@ -203,11 +203,12 @@ def test_a_wrong_precision_is_refused():
 def test_a_model_without_a_tokenizer_is_refused(tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(POCKET_DIR / name, tmp_path)
-    with pytest.raises(
-        ValueError, match=r"The model folder '.*' has no tokenizer .* say where they are with `--tokenizer`"
-    ):
+    with pytest.raises(ValueError, match=r"The folder '.*' has no tokenizer .* say where they are with `--tokenizer`"):
         load_tokenizer(str(tmp_path))
     assert load_tokenizer(str(tmp_path), "pocket").eos_token == "<eos>"
+    alone = tmp_path / "alone"  # as training leaves it beside an adapter
+    load_tokenizer("pocket").save_pretrained(alone)
+    assert load_tokenizer(str(tmp_path), str(alone)).eos_token == "<eos>"
 
 
 # ----- Whole runs -----

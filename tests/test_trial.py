@@ -93,8 +93,9 @@ def test_the_summary_shows_every_seed_and_tests_against_lora(yardstick, tmp_path
     )
     assert rows[1]["mean"] == pytest.approx(0.9)
     assert rows[1]["worst"] == 0.8
-    assert rows[1]["p_lora"] == pytest.approx(2 / 2**3)
-    assert "p_lora" not in rows[0]
+    assert rows[1]["p_score_lora"] == pytest.approx(2 / 2**3)
+    assert rows[1]["p_knowledge_lora"] == 1.0
+    assert "p_score_lora" not in rows[0]
     assert "0.80 0.90 1.00" in yardstick.table(rows)
     yardstick.plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000

@@ -227,10 +227,18 @@ class MoeTuner(BaseTuner):
         # bitsandbytes repacks a 4-bit weight in place on AVX512-BF16 CPUs the first time it sees eval(). After that it
         # dequantises wrongly and gives its input no gradient, on layers without an adapter too: the ones below stop
         # learning. The library's own switch keeps it from doing so.
+        repacked = False
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
-                _unpack(module)
+                repacked |= _unpack(module)
+        if repacked:
+            warnings.warn(
+                "The 4-bit base model was evaluated before the adapter was added, so bitsandbytes had repacked its weights "
+                "for CPU inference and rounded their scales to bfloat16. They are unpacked again, but the rounding stays: "
+                "to keep the base as it was, add the adapter before the first evaluation.",
+                stacklevel=2,
+            )
         for hook in after_injection:
             hook(not self.peft_config[adapter_name].inference_mode)
 
@@ -331,17 +339,13 @@ class MoeTuner(BaseTuner):
                 handle.remove()
 
 
-def _unpack(linear4bit: nn.Module) -> None:
-    """Undo what bitsandbytes has done to a 4-bit weight that saw eval() before there was an adapter."""
+def _unpack(linear4bit: nn.Module) -> bool:
+    """Undo what bitsandbytes has done to a 4-bit weight that saw eval(); whether there was anything to undo."""
     state = getattr(linear4bit.weight, "quant_state", None)
-    if getattr(state, "packing_format_for_cpu", False):
-        linear4bit.state_dict()  # the library unpacks a weight in place before it saves it
-        warnings.warn(
-            "The 4-bit base model was evaluated before the adapter was added, so bitsandbytes had repacked its weights for "
-            "CPU inference and rounded their scales to bfloat16. They are unpacked again, but the rounding stays: to keep "
-            "the base as it was, add the adapter before the first evaluation.",
-            stacklevel=2,
-        )
+    if not getattr(state, "packing_format_for_cpu", False):
+        return False
+    linear4bit.state_dict()  # the library unpacks a weight in place before it saves it
+    return True
 
 
 def _pass_names(names: list[str], module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -161,7 +161,7 @@ RULES: dict[str, dict[str, Any]] = {
     "one expert": {"num_experts": 1, "r": 4, "lora_alpha": 32},
     "top-k": {"num_experts": 4, "top_k": 2, "r": 4, "lora_alpha": 32},
     "dense": {"num_experts": 3, "routing": "softmax", "r": 4, "lora_alpha": 16, "router_scale": 0.01},
-    "shared": {"num_experts": 3, "top_k": 2, "num_shared_experts": 1, "r": 4, "lora_alpha": 16},
+    "shared": {"num_experts": 2, "top_k": 2, "num_shared_experts": 1, "r": 4, "lora_alpha": 2},
     "top-1": {"num_experts": 4, "routing": "top_1", "r": 4, "lora_alpha": 8, "use_rslora": True},
 }
 PER_LAYER = {"num_experts": "2:4", "top_k": 2, "r": [2, 4], "lora_alpha": 32, "lora_dropout": 0.05}

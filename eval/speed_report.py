@@ -1,0 +1,169 @@
+"""From measured seconds to tables and verdicts; the machine's ceilings, and how near to them a step comes."""
+
+import os
+import platform
+import statistics
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from speed_contenders import BALANCED, BASE, DENSE, LORA, OURS
+from speed_shared import DTYPES, EXPERTS, RANK, TOP_K, Case, ModelCase, seconds
+
+
+TARGETS = [
+    ("train bf16 4096→4096", OURS, "at most", 1.05),
+    ("train bf16 1024→1024", OURS, "at most", 1.20),
+    ("train fp32 1024→1024", OURS, "at most", 1.30),
+    ("decode", OURS, "at most", 1.25),
+    ("model", BALANCED, "at most", 1 / 0.80),
+    ("model", DENSE, "at most", 1 / 0.80),
+]
+"""Start of a case's name, contender, and what its time over that of PEFT's LoRA is to be."""
+
+
+def describe_machine() -> dict:
+    """What the figures depend on: processor, versions, load, and what the machine can do at best."""
+    packages = ("torch", "peft", "transformers", "bitsandbytes")
+    cpu = next(
+        (line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name")), platform.machine()
+    )
+    flags = next((line.split(":")[1].split() for line in _cpu_lines() if line.startswith("flags")), [])
+    machine = {
+        "cpu": cpu,
+        "bf16": [flag for flag in ("amx_bf16", "avx512_bf16", "avx_ne_convert") if flag in flags],
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg(),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in packages},
+        "ceilings": {"cpu": ceilings("cpu")},
+    }
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+        machine["ceilings"]["cuda"] = ceilings("cuda")
+    return machine
+
+
+def _cpu_lines() -> list[str]:
+    info = Path("/proc/cpuinfo")
+    return info.read_text().splitlines() if info.exists() else []
+
+
+def ceilings(device: str) -> dict[str, float]:
+    """Measured best: floating-point operations per second of a large product, bytes per second of a copy."""
+    size, best = (2048 if device == "cpu" else 8192), {}
+    for name, dtype in DTYPES.items():
+        a, b = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
+        best[name] = 2 * size**3 / _fastest(lambda a=a, b=b: a @ b, device)
+    source = torch.empty(2**26 if device == "cpu" else 2**30, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    best["bytes"] = 2 * source.numel() / _fastest(lambda: target.copy_(source), device)
+    return best
+
+
+def _fastest(step, device: str) -> float:
+    step()
+    return min(seconds(step, device) for _ in range(5))
+
+
+def roofline_seconds(case: Case | ModelCase, ceiling: dict[str, float]) -> dict[str, float]:
+    """The least time that a step can take on this machine, by contender: its arithmetic or its traffic at full speed.
+
+    Counted as if everything were fused: per pass, x and W are read and y is written once; in training dy and W are read,
+    dx is written, and x is read again for the factors' gradients. The factors are read once a pass and their gradients
+    written once. Decoding reads what the method can do with: a routed layer the chosen experts only.
+    """
+    if isinstance(case, ModelCase):
+        return {}
+    train, size = case.kind == "train", DTYPES[case.dtype].itemsize
+    weight = case.d_in * case.d_out * (0.53 if case.nf4 else size)  # NF4: 4 bits and a scale for each 64 values
+    wide = case.tokens * (case.d_in + case.d_out) * size
+    floors = {}
+    every = EXPERTS * RANK
+    ranks = {BASE: (0, 0), LORA: (TOP_K * RANK,) * 2, OURS: (TOP_K * RANK, every), DENSE: (every, every)}
+    for name, (active, stored) in ranks.items():
+        read = stored if train else min(stored, active * case.tokens)
+        factors = read * (case.d_in + case.d_out) * size
+        again = case.tokens * case.d_in * size if train and active else 0
+        operations = 2 * case.tokens * case.d_in * case.d_out * (2 if train else 1)
+        operations += 2 * case.tokens * active * (case.d_in + case.d_out) * (3 if train else 1)
+        traffic = (weight + wide) * (2 if train else 1) + again + factors * (3 if train else 1)
+        floors[name] = max(operations / ceiling[case.dtype], traffic / ceiling["bytes"])
+    return floors
+
+
+def summarise(taken: dict[str, list[float]], reference: str, floors: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Median and quartiles of the seconds and of the ratio to the reference within each round."""
+    summary = {}
+    for name, times in taken.items():
+        ratios = [t / r for t, r in zip(times, taken[reference], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        summary[name] = {"seconds": statistics.median(times), "ratio": middle, "ratio_q1": low, "ratio_q3": high}
+        if name in floors:
+            summary[name]["roofline"] = floors[name] / summary[name]["seconds"]
+    return summary
+
+
+def write_markdown(result: dict) -> str:
+    machine = result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines = [
+        "# Speed",
+        "",
+        f"`{result['command']}`, {result['minutes']:.0f} minutes, {time.strftime('%Y-%m-%d')}.",
+        f"{machine['cpu']} ({', '.join(machine['bf16']) or 'no bf16 instructions'}), {machine['cores']} cores, "
+        f"{machine['threads']} thread, load {machine['load'][0]:.1f} at the start; {versions}.",
+        "",
+        *(_ceiling(device, best) for device, best in machine["ceilings"].items()),
+        "",
+        "Ratios are times over that of PEFT's LoRA of the same active rank (median of same-round ratios, quartiles in",
+        "brackets): below 1 is faster. The roofline is the share of the step's least possible time on this machine.",
+        "",
+        *_verdicts(result),
+    ]
+    for row in result["cases"]:
+        lines += ["", *_table(row)]
+    return "\n".join(lines) + "\n"
+
+
+def _ceiling(device: str, best: dict[str, float]) -> str:
+    return (
+        f"Ceilings measured on {device}: bf16 {best['bf16'] / 1e9:.0f} GFLOP/s, fp32 {best['fp32'] / 1e9:.0f} GFLOP/s, "
+        f"copy {best['bytes'] / 1e9:.1f} GB/s; so {best['bf16'] / best['bytes']:.0f} bf16 operations pay for one byte."
+    )
+
+
+def _verdicts(result: dict) -> list[str]:
+    lines = ["| target | asked | measured | |", "|---|---|---|---|"]
+    for prefix, name, _, limit in TARGETS:
+        for row in result["cases"]:
+            if row["name"].startswith(prefix) and name in row["summary"]:
+                ratio = row["summary"][name]["ratio"]
+                verdict = "met" if ratio <= limit else "**missed**"
+                lines.append(f"| {name}, {row['name']} | ≤ {limit:.2f} | {ratio:.3f} | {verdict} |")
+    for row in result["cases"]:
+        for mine, other in ((BALANCED, "rival mola top-2 of 8"), (DENSE, "rival loramoe dense 8")):
+            if row["name"].startswith("model") and other in row["summary"]:
+                faster = row["summary"][other]["ratio"] / row["summary"][mine]["ratio"]
+                verdict = "met" if faster >= 2 else "**missed**"
+                lines.append(f"| {mine} over {other}, {row['name']} | ≥ 2.00 × | {faster:.2f} × | {verdict} |")
+    return lines
+
+
+def _table(row: dict) -> list[str]:
+    tokens = row["case"]["rows"] * row["case"]["length"]
+    speed = row["name"].startswith("model")
+    lines = [
+        f"## {row['name']} ({row['rounds']} rounds)",
+        "",
+        f"| contender | ms | {'tokens/s | ' if speed else ''}ratio to LoRA | {'' if speed else 'roofline | '}",
+        f"|---|---|{'---|' if speed else ''}---|{'' if speed else '---|'}",
+    ]
+    for name, s in row["summary"].items():
+        ratio = f"{s['ratio']:.3f} [{s['ratio_q1']:.3f}, {s['ratio_q3']:.3f}]"
+        share = f"{s['roofline']:.0%}" if "roofline" in s else ""
+        middle = f"{tokens / s['seconds']:.0f} | {ratio} |" if speed else f"{ratio} | {share} |"
+        lines.append(f"| {name} | {1000 * s['seconds']:.3f} | {middle}")
+    return lines
