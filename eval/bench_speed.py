@@ -33,10 +33,10 @@ ENVIRONMENT = {
 if __name__ == "__main__" and any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})  # read at start only
 
-import torch
-from speed_contenders import LORA, layer_contenders, model_contenders
-from speed_report import describe_machine, roofline_seconds, summarise, write_markdown
-from speed_shared import Case, ModelCase, repeats_of, seconds
+import torch  # noqa: E402
+from speed_contenders import LORA, layer_contenders, model_contenders  # noqa: E402
+from speed_report import describe_machine, roofline_seconds, summarise, write_markdown  # noqa: E402
+from speed_shared import Case, ModelCase, repeats_of, seconds  # noqa: E402
 
 
 HERE = Path(__file__).resolve().parent
@@ -157,17 +157,13 @@ def main(arguments: list[str]) -> None:
         floors = roofline_seconds(case, result["machine"]["ceilings"][case.device])
         row = {"case": dataclasses.asdict(case), "name": str(case), "rounds": rounds, "seconds": taken}
         result["cases"].append(row | {"summary": summarise(taken, LORA, floors)})
-        print(case, {name: round(s["ratio"], 3) for name, s in row_summary(result).items()}, flush=True)
+        print(case, {name: round(s["ratio"], 3) for name, s in result["cases"][-1]["summary"].items()}, flush=True)
     result["minutes"] = (time.time() - started) / 60
     if rival:
         rival.close()
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "bench_speed.json").write_text(json.dumps(result, indent=1) + "\n")
     (options.output / "bench_speed.md").write_text(write_markdown(result))
-
-
-def row_summary(result: dict) -> dict:
-    return result["cases"][-1]["summary"]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """From measured seconds to tables and verdicts; the machine's ceilings, and how near to them a step comes."""
 
+import math
 import os
 import platform
 import statistics
@@ -57,9 +58,9 @@ def ceilings(device: str) -> dict[str, float]:
     for name, dtype in DTYPES.items():
         a, b = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
         best[name] = 2 * size**3 / _fastest(lambda a=a, b=b: a @ b, device)
-    source = torch.empty(2**26 if device == "cpu" else 2**30, dtype=torch.uint8, device=device)
+    source = torch.zeros(2**28, dtype=torch.float32 if device == "cuda" else torch.uint8, device=device)
     target = torch.zeros_like(source)
-    best["bytes"] = 2 * source.numel() / _fastest(lambda: target.copy_(source), device)
+    best["bytes"] = 2 * source.nbytes / _fastest(lambda: target.copy_(source), device)
     return best
 
 
@@ -98,6 +99,8 @@ def summarise(taken: dict[str, list[float]], reference: str, floors: dict[str, f
     """Median and quartiles of the seconds and of the ratio to the reference within each round."""
     summary = {}
     for name, times in taken.items():
+        if any(math.isnan(t) for t in times):
+            continue  # the rival's process ended on the way
         ratios = [t / r for t, r in zip(times, taken[reference], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         summary[name] = {"seconds": statistics.median(times), "ratio": middle, "ratio_q1": low, "ratio_q3": high}

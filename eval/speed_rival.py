@@ -63,8 +63,9 @@ class RivalLinear(nn.Module):
         self._batch = lambda rows: LLMModelInput(batch_configs_=[LLMBatchConfig("a", 0, rows)])
 
     def trained(self) -> list[nn.Parameter]:
-        modules = [*self.inner.loras_.values(), *self.inner.moes_.values()]  # plain dicts: `parameters()` misses them
-        return [p for module in modules for name, p in module.named_parameters() if "base_layer" not in name]
+        """They stand in plain dicts, where `parameters()` does not look."""
+        factors = [p for lora in self.inner.loras_.values() for p in (lora.lora_a_.weight, lora.lora_b_.weight)]
+        return [*factors, self.inner.moes_["a"].gate_.weight]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x, self._batch(x.shape[0]))

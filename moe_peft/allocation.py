@@ -4,6 +4,8 @@ Plain Python: knows nothing of torch or of models. MoLA (arXiv:2402.08562) intro
 groups of eight layers; `expand` extends it to any number of layers.
 """
 
+from typing import Any
+
 from moe_peft.errors import refuse
 
 
@@ -28,7 +30,7 @@ def parse(value: Allocation, field: str) -> tuple[int, ...]:
         parts = value.split(":")
         if not all(part.strip().isdecimal() for part in parts):
             raise refuse(field, value, allowed, "Write digits separated by colons, without other signs.")
-        numbers = tuple(int(part) for part in parts)
+        numbers: tuple[Any, ...] = tuple(int(part) for part in parts)
     elif isinstance(value, (list, tuple)):
         numbers = tuple(value)
     else:

@@ -89,7 +89,7 @@ class MoeConfig(PeftConfig):
     )
     plugin: str = field(default="moe_peft", metadata={"help": "The package to import before loading this adapter."})
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "MoeConfig":
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # PEFT drops an unknown key with a warning and trains the default; here it is an error.
         known = {f.name for f in fields(cls)}
         for key in kwargs:

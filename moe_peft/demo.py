@@ -110,12 +110,12 @@ def run(output_dir: Path, seed: int = 0, steps: int = 300, console: Console | No
         "molora": fit_to_budget(backbone, from_catalogue("molora"), BUDGET),
     }
     settings = TrialSettings(learning_rate=LEARNING_RATE, steps=steps, seed=seed)
+    adapted = model
     with _progress(console) as progress:
         for label, config in contenders.items():
+            model = adapted.unload() if isinstance(adapted, PeftModel) else adapted
             adapted = _train(model, tokenizer, suite, config, settings, progress, f"{label}, rank {config.r}")
             table[label] = _score(adapted, tokenizer, suite, count_parameters(adapted).trainable)
-            if label != "molora":
-                model = adapted.unload()
     console.print(_score_table(table, suite))
     console.print(f"molora: {budget_line(adapted)}.\n")
     adapted.eval()

@@ -12,7 +12,7 @@ In rank space tokens are the last axis, `[n, T]`: an expert's weight then multip
 both directions take their operands as they lie in memory.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -163,7 +163,9 @@ def stacked_in(x: Tensor, lora_A: Tensor, router: Tensor, dropout: float = 0.0) 
     Returns:
         `(hidden [E * r, T], router_logits [T, E])`, in the dtype of the factors.
     """
-    return _DroppedIn.apply(x, lora_A, router, dropout) if dropout else _StackedIn.apply(x, lora_A, router)
+    if dropout:
+        return cast(Any, _DroppedIn).apply(x, lora_A, router, dropout)
+    return cast(Any, _StackedIn).apply(x, lora_A, router)
 
 
 def experts_out(
@@ -183,6 +185,6 @@ def experts_out(
         `[T, d_out]`.
     """
     if torch.is_grad_enabled():
-        return _ExpertsOut.apply(y, hidden, lora_B, weights, index, scale)
+        return cast(Any, _ExpertsOut).apply(y, hidden, lora_B, weights, index, scale)
     # A token that is decoded costs so little that the detour through autograd would show.
     return _product_added(y, _gated(hidden, _gates(weights, index, lora_B.shape[0], hidden.dtype)), lora_B, scale)

@@ -7,7 +7,7 @@ learning rate differ.
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -132,7 +132,7 @@ def train_adapter(
             parameter.data = parameter.data.float()
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return trainer.model, losses
+    return cast(PeftModel, trainer.model), losses
 
 
 def run_trial(

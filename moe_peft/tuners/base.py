@@ -45,7 +45,7 @@ def linear_features(module: nn.Module) -> tuple[int, int]:
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return int(module.in_features), int(module.out_features)
     if type(module).__name__ == "Conv1D":  # transformers' GPT-2 layer stores [d_in, d_out]
-        d_in, d_out = module.weight.shape
+        d_in, d_out = module.get_parameter("weight").shape
         return int(d_in), int(d_out)
     raise TypeError(
         f"Target module of type {type(module).__name__} is not supported: routed experts are added to linear layers "
@@ -299,7 +299,7 @@ class MoeTuner(BaseTuner):
         self._refuse_routed(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
             self._refuse_routed(kwargs.get("adapter_names"))
         context = self._context()

@@ -158,13 +158,17 @@ fetch_error = None if unwanted or upstream_is_here() else fetch()
 # --- what ours are, and what upstream's rules about methods become -------------------------------------------------
 
 RULES: dict[str, dict[str, Any]] = {
-    "one expert": {"num_experts": 1, "r": 4, "lora_alpha": 32},
-    "top-k": {"num_experts": 4, "top_k": 2, "r": 4, "lora_alpha": 32},
-    "dense": {"num_experts": 3, "routing": "softmax", "r": 4, "lora_alpha": 16, "router_scale": 0.01},
-    "shared": {"num_experts": 2, "top_k": 2, "num_shared_experts": 1, "r": 4, "lora_alpha": 2},
-    "top-1": {"num_experts": 4, "routing": "top_1", "r": 4, "lora_alpha": 8, "use_rslora": True},
+    "one expert": {"num_experts": 1},
+    "top-k": {"num_experts": 4, "top_k": 2},
+    "dense": {"num_experts": 3, "routing": "softmax"},
+    "shared": {"num_experts": 2, "top_k": 2, "num_shared_experts": 1},
+    "top-1": {"num_experts": 4, "routing": "top_1"},
 }
-PER_LAYER = {"num_experts": "2:4", "top_k": 2, "r": [2, 4], "lora_alpha": 32, "lora_dropout": 0.05}
+SMALL = {"r": 4, "lora_alpha": 4}
+"""For tests that take steps at learning rate 0.5 on inputs up to 90."""
+LARGE = {"r": 4, "lora_alpha": 32}
+"""For tests that ask for an effect on normalised states."""
+PER_LAYER = {"num_experts": "2:4", "top_k": 2, "r": [2, 4], "lora_dropout": 0.05}
 """For models with numbered layers, of which there must be two."""
 
 

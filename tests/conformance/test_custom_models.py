@@ -6,7 +6,7 @@ import pytest
 
 from moe_peft import LinearMoeConfig
 
-from .factory import RULES, rebuild
+from .factory import RULES, SMALL, rebuild
 
 
 def _cases() -> list:
@@ -24,7 +24,9 @@ def _cases() -> list:
         "and tokens": ("EmbConv1D", {"target_modules": ["conv1d"], "trainable_token_indices": {"emb": [0, 10]}}),
     }
     return [
-        pytest.param(f"{rule} {target}", model, LinearMoeConfig, {**kwargs, **settings}, id=f"{rule}-{target}")
+        pytest.param(
+            f"{rule} {target}", model, LinearMoeConfig, {**kwargs, **SMALL, **settings}, id=f"{rule}-{target}"
+        )
         for rule, settings in RULES.items()
         for target, (model, kwargs) in targets.items()
         if rule in ("one expert", "top-k") or target in ("both", "Conv1D", "and a saved module")
@@ -46,8 +48,8 @@ def _pairs() -> list:
             f"{rule} {kind}",
             method,
             LinearMoeConfig,
-            {**first, **settings, "init_weights": False},
-            {**second, **settings, "r": 2, "init_weights": False},
+            {**first, **SMALL, **settings, "init_weights": False},
+            {**second, **SMALL, **settings, "r": 2, "init_weights": False},
             id=f"{rule}-{kind}",
         )
         for rule, settings in RULES.items()
@@ -60,8 +62,8 @@ def _mixed(first: dict, second: dict) -> list:
     return [
         pytest.param(
             rule,
-            LinearMoeConfig(**{**settings, **first, "init_weights": False}),
-            LinearMoeConfig(**{**settings, **second, "r": 8, "init_weights": False}),
+            LinearMoeConfig(**{**SMALL, **settings, **first, "init_weights": False}),
+            LinearMoeConfig(**{**SMALL, **settings, **second, "r": 8, "init_weights": False}),
             id=rule,
         )
         for rule, settings in RULES.items()
@@ -87,7 +89,7 @@ TestPeftCustomModel = rebuild(
         **MODEL_CASES,
         **CLASS_CASES,
         "config0": [
-            pytest.param(LinearMoeConfig(**LIN0, **settings, init_weights=False), id=rule)
+            pytest.param(LinearMoeConfig(**LIN0, **SMALL, **settings, init_weights=False), id=rule)
             for rule, settings in RULES.items()
         ],
         "test_add_adapter_rejects_duplicate_name_without_mutation:mixed": [False],  # PeftMixedModel knows LoRA etc.

@@ -5,15 +5,15 @@ import pytest
 from moe_peft import LinearMoeConfig
 
 from . import checkpoints
-from .factory import PER_LAYER, RULES, rebuild, upstream
+from .factory import LARGE, PER_LAYER, RULES, rebuild, upstream
 
 
-CAUSAL = {"task_type": "CAUSAL_LM", "target_modules": None}
+CAUSAL = {"task_type": "CAUSAL_LM", "target_modules": None, **LARGE}
 CONFIGS = {
     "one expert": {**RULES["one expert"], "lora_dropout": 0.05},
     "top-k per layer": PER_LAYER,
     "dense with tokens": {**RULES["dense"], "trainable_token_indices": [0, 1, 3]},
-    "top-1": RULES["top-1"],
+    "top-1 and shared": {**RULES["top-1"], "num_shared_experts": 1, "use_rslora": True},
 }
 
 # It skips every method but BEFT where the model has no biases, which BEFT alone needs.

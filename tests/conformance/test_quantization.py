@@ -5,7 +5,7 @@ import pytest
 from moe_peft import LinearMoeConfig
 
 from . import checkpoints
-from .factory import RULES, rebuild, upstream
+from .factory import LARGE, RULES, rebuild, upstream
 
 
 pytest.importorskip("bitsandbytes")
@@ -21,7 +21,7 @@ def _loaders() -> list:
     return params
 
 
-QV = {"target_modules": ["q_proj", "v_proj"]}
+QV = {"target_modules": ["q_proj", "v_proj"], **LARGE}
 
 TestQuantization = rebuild(
     "test_quantization",

@@ -5,10 +5,10 @@ import pytest
 from moe_peft import LinearMoeConfig
 
 from . import checkpoints
-from .factory import PER_LAYER, RULES, rebuild
+from .factory import LARGE, PER_LAYER, RULES, rebuild
 
 
-CLASSIFY = {"task_type": "SEQ_CLS", "target_modules": None}
+CLASSIFY = {"task_type": "SEQ_CLS", "target_modules": None, **LARGE}
 CONFIGS = {"one expert": RULES["one expert"], "top-k per layer": PER_LAYER, "dense": RULES["dense"]}
 
 TestSequenceClassificationModels = rebuild(
