@@ -326,3 +326,45 @@ def test_decoding_compiles_without_a_break():
     x = torch.randn(1, 1, D_IN)
     with torch.no_grad():
         assert_equal_up_to(1e-5, [compiled(x)], [layer(x)])
+
+
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+class TestOnGpu:
+    pytestmark = ON_GPU
+
+    def test_the_fast_path_is_the_definition(self):
+        inputs = [t.detach().cuda().requires_grad_() for t in make_inputs(100, 8, 16)]
+        for rule, top_k in (("softmax_top_k", 2), ("softmax", 8), ("top_1", 1)):
+            got, wanted = (output_and_gradients(function, inputs, rule, top_k) for function in (fast, naive))
+            assert_equal_up_to(1e-12, got, wanted)
+
+    @pytest.mark.parametrize("settings", [{}, {"routing": "softmax"}, {"lora_dropout": 0.1}])
+    def test_no_pass_waits_for_the_device(self, settings):
+        layer = make_layer(torch.bfloat16, **settings).cuda().train()
+        x = torch.randn(2, 64, D_IN, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        layer(x).sum().backward()  # what is made once is made here
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            layer(x).sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def test_a_training_step_can_be_captured_in_a_cuda_graph(self):
+        layer = make_layer().cuda().train()
+        leaves = list(layer.linear_moe_experts["default"].parameters())
+        x = torch.randn(2, 64, D_IN, device="cuda", requires_grad=True)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                torch.autograd.grad(layer(x).square().sum(), [x, *leaves])
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = torch.autograd.grad(layer(x).square().sum(), [x, *leaves])
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert_equal_up_to(1e-5, list(captured), list(torch.autograd.grad(layer(x).square().sum(), [x, *leaves])))

@@ -29,7 +29,7 @@ def _cases() -> list:
         )
         for rule, settings in RULES.items()
         for target, (model, kwargs) in targets.items()
-        if rule in ("one expert", "top-k") or target in ("both", "Conv1D", "and a saved module")
+        if rule in ("one expert", "top-k") or target in ("first", "Conv1D", "and a saved module")
     ]
 
 
