@@ -99,9 +99,12 @@ class Rival:
                 return {}
         return {name: lambda name=name: self.ask(run=name) for name in RIVAL_METHODS}
 
-    def close(self) -> None:
+    def state(self) -> str:
+        """Ends the process; says whether it was still there."""
+        ended = self.process.poll()
         self.process.terminate()
         self.process.wait()
+        return f"{RIVAL}, its layers alone" if ended is None else f"{RIVAL} ended with exit status {ended}"
 
 
 def measure(case: Case | ModelCase, rival: Rival | None, rounds: int) -> dict[str, list[float]]:
@@ -159,8 +162,7 @@ def main(arguments: list[str]) -> None:
         result["cases"].append(row | {"summary": summarise(taken, LORA, floors)})
         print(case, {name: round(s["ratio"], 3) for name, s in result["cases"][-1]["summary"].items()}, flush=True)
     result["minutes"] = (time.time() - started) / 60
-    if rival:
-        rival.close()
+    result["rival"] = rival.state() if rival else None
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "bench_speed.json").write_text(json.dumps(result, indent=1) + "\n")
     (options.output / "bench_speed.md").write_text(write_markdown(result))

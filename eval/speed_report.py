@@ -123,6 +123,7 @@ def write_markdown(result: dict) -> str:
         "",
         "Ratios are times over that of PEFT's LoRA of the same active rank (median of same-round ratios, quartiles in",
         "brackets): below 1 is faster. The roofline is the share of the step's least possible time on this machine.",
+        f"Rival: {result['rival'] or 'left out'}.",
         "",
         *_verdicts(result),
     ]

@@ -100,7 +100,7 @@ class MoeConfig(PeftConfig):
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> "MoeConfig":
+    ) -> PeftConfig:
         """As PEFT's, which also comes first when weights are loaded: damaged ones are refused here."""
         check_weights(Path(pretrained_model_name_or_path, subfolder or ""))
         return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)

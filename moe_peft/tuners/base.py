@@ -329,9 +329,14 @@ class MoeTuner(BaseTuner):
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
         beams = kwargs.get("num_beams")
-        if isinstance(beams, int) and beams > 1:
-            names = [name for name in names for _ in range(beams)]
-        handles = [m.register_forward_pre_hook(partial(_pass_names, names), with_kwargs=True) for m in layers]
+        repeated = [name for name in names for _ in range(beams if isinstance(beams, int) else 1)]
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+        # An encoder sees each row once. A model without one may answer with itself.
+        once = set() if encoder is None or encoder is self.model else set(encoder.modules())
+        handles = [
+            m.register_forward_pre_hook(partial(_pass_names, names if m in once else repeated), with_kwargs=True)
+            for m in layers
+        ]
         try:
             yield
         finally:

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     Gemma3ForCausalLM,
@@ -30,6 +32,8 @@ from transformers import (
     Qwen3ForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 
@@ -95,6 +99,31 @@ CLASSIFIERS: dict[str, Recipe] = {
     ),
 }
 
+SEQ2SEQ: dict[str, Recipe] = {
+    "tiny-random-T5ForConditionalGeneration": (
+        T5ForConditionalGeneration,
+        lambda: T5Config(
+            vocab_size=1000, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+        ),
+    ),
+    "tiny-random-BartForConditionalGeneration": (
+        BartForConditionalGeneration,
+        lambda: BartConfig(
+            **TOKENS,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            max_position_embeddings=128,
+            init_std=0.1,
+            decoder_start_token_id=2,
+        ),
+    ),
+}
+
 # The quantisation tests count 24 target layers, so this one has opt-125m's depth.
 QUANTISED: dict[str, Recipe] = {"opt-125m": (OPTForCausalLM, lambda: _opt(12, 64))}
 
@@ -106,7 +135,7 @@ def path(name: str) -> str:
 
 
 def write_all() -> None:
-    for name, (model_class, make_config) in {**DECODERS, **CLASSIFIERS, **QUANTISED}.items():
+    for name, (model_class, make_config) in {**DECODERS, **SEQ2SEQ, **CLASSIFIERS, **QUANTISED}.items():
         torch.manual_seed(0)
         model_class(make_config()).save_pretrained(path(name))
     LoraConfig(target_modules=["q_proj"]).save_pretrained(path(LORA_ADAPTER))
