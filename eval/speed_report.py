@@ -165,6 +165,7 @@ def _table(row: dict) -> list[str]:
         f"| contender | ms | {'tokens/s | ' if speed else ''}ratio to LoRA | {'' if speed else 'roofline | '}",
         f"|---|---|{'---|' if speed else ''}---|{'' if speed else '---|'}",
     ]
+    lines = [line.rstrip() for line in lines]
     for name, s in row["summary"].items():
         ratio = f"{s['ratio']:.3f} [{s['ratio_q1']:.3f}, {s['ratio_q3']:.3f}]"
         share = f"{s['roofline']:.0%}" if "roofline" in s else ""

@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_peft.merge import Batch, Factors, hidden_gates_logits, instead_of_routing, observing, routed_layers
+from moe_peft.merge import Batch, Factors, hidden_gates_logits, instead_of_routing, observing, on_device, routed_layers
 from moe_peft.tuners.linear_moe import RoutedLora
 
 
@@ -54,7 +54,7 @@ def measure_agreement(
         flat = x.reshape(-1, x.shape[-1])
         error[name] += _squares(experts, factors[name], flat if real is None else flat[real])
 
-    for batch in held_out:
+    for batch in (on_device(batch, model) for batch in held_out):
         with observing(model, layers, adapter_name, see):
             routed, labels = _log_probs(model, batch)
             with model.disable_adapter():

@@ -213,13 +213,22 @@ class RoutingContext:
         self._names_of: dict[type[nn.Module], tuple[str, ...]] = {}
 
     def watch_attention(self, model: nn.Module) -> None:
-        """Hook every attention module of `model` that takes an attention mask; hooks it has already are kept."""
+        """Hook every attention module of `model` that takes an attention mask; hooks it has already are kept.
+
+        In a hybrid model, layers before the first attention count padding as text.
+        """
+        if not any(getattr(hook, "__self__", None) is self for hook in model._forward_pre_hooks.values()):
+            model.register_forward_pre_hook(self._before_model)
         for module in model.modules():
             if "Attention" not in type(module).__name__ or "attention_mask" not in self._names(module):
                 continue
             hooked = any(getattr(hook, "__self__", None) is self for hook in module._forward_pre_hooks.values())
             if not hooked:
                 module.register_forward_pre_hook(self._before_attention, with_kwargs=True)
+
+    def _before_model(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        # Layers before the first attention (hybrid models) must not see the mask of the batch before; they see none.
+        self.real = self.task_types = None
 
     def release(self, model: nn.Module) -> None:
         """Take the hooks off again, for when the model gets its linear layers back."""

@@ -93,7 +93,7 @@ def equal_budget_lora(
 def fit_to_budget(backbone: nn.Module, config: MoeConfig, budget: int) -> MoeConfig:
     """A copy of `config` with the rank whose trainable parameters come closest to `budget`; all else as it was.
 
-    The scale `lora_alpha / r` is kept. A rank that differs between layers is scaled as a whole.
+    The scale of the experts is kept. A rank that differs between layers is scaled as a whole.
 
     Raises:
         ValueError: if even rank 1 costs more than 1.5 times the budget.
@@ -102,7 +102,8 @@ def fit_to_budget(backbone: nn.Module, config: MoeConfig, budget: int) -> MoeCon
     def with_rank(r: int) -> MoeConfig:
         fitted = copy.deepcopy(config)
         old = config.r if isinstance(config.r, int) else 1
-        fitted.r, fitted.lora_alpha = r, config.lora_alpha * r / old
+        ratio = r / old
+        fitted.r, fitted.lora_alpha = r, config.lora_alpha * (ratio**0.5 if config.use_rslora else ratio)
         return fitted
 
     if not isinstance(config.r, int):

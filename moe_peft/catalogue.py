@@ -162,8 +162,21 @@ def _read_config(path: Path, overrides: dict[str, Any]) -> PeftConfig:
             raise ValueError(f"`{key}` is not a field of {config_class.__name__}. {nearest(key, fields)}")
     settings = {key: value for key, value in values.items() if key not in _WITHOUT_MEANING}
     # A saved adapter is marked for inference and carries its base model's name; both are the trainer's to say.
+    if "routing" in overrides or "num_experts" in overrides:
+        # What follows from them is decided anew, not held against a value that the user never wrote.
+        for dependent in ("top_k", "balance"):
+            if dependent not in overrides and not _allowed(config_class, {**settings, **overrides}):
+                settings.pop(dependent, None)
     settings.update(inference_mode=False, **overrides)
     return config_class(**settings)
+
+
+def _allowed(config_class: type[PeftConfig], settings: dict[str, Any]) -> bool:
+    try:
+        config_class(**settings)
+    except ValueError:
+        return False
+    return True
 
 
 def _from_hub(spec: str, overrides: dict[str, Any]) -> PeftConfig:

@@ -24,7 +24,7 @@ from transformers import AutoConfig, TrainerCallback
 from moe_peft.agreement import Agreement, measure_agreement
 from moe_peft.budget import budget_line, count_parameters, equal_budget_lora, fit_to_budget, meta_backbone
 from moe_peft.catalogue import from_catalogue
-from moe_peft.inspecting import agreement_table
+from moe_peft.inspecting import agreement_table, rank_range
 from moe_peft.loaded import collate
 from moe_peft.merge import fit_static, instead_of_routing, save_static
 from moe_peft.pocket import POCKET_DIR, Row, Suite, exact_match, knowledge_probe, make_suite, per_domain
@@ -44,20 +44,21 @@ torch.set_num_threads(1)
 import moe_peft
 from peft import PeftModel
 from moe_peft.trial import load_pocket
-model, _ = load_pocket()
 batch = torch.load(sys.argv[2])
+model, _ = load_pocket()
 model = PeftModel.from_pretrained(model, sys.argv[1]).eval()
 with torch.no_grad():
-    torch.save(model(**batch).logits, sys.argv[3])
+    torch.save(model(**batch).logits.cpu(), sys.argv[3])
 """
 
 _RELOAD_PLAIN = _RELOAD.replace("import moe_peft\n", "").replace(
-    "from moe_peft.trial import load_pocket\nmodel, _ = load_pocket()",
+    "from moe_peft.trial import load_pocket\nbatch = torch.load(sys.argv[2])\nmodel, _ = load_pocket()",
     "from transformers import AutoModelForCausalLM, BitsAndBytesConfig\n"
+    "batch = torch.load(sys.argv[2])\n"
     "quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True,\n"
     "                           bnb_4bit_compute_dtype=torch.float32)\n"
     "model = AutoModelForCausalLM.from_pretrained(sys.argv[4], dtype=torch.float32, quantization_config=quant,\n"
-    "                                             device_map={'': 'cpu'})\n"
+    "                                             device_map={'': batch['input_ids'].device})\n"
     "for module in model.modules():\n"
     "    if hasattr(module, 'support_avx512bf16_for_cpu'):\n"
     "        module.support_avx512bf16_for_cpu = False",
@@ -188,7 +189,9 @@ def _score_table(table: dict[str, Scored], suite: Suite) -> Table:
 
 def _batch(tokenizer: Any, rows: list[Row]) -> dict[str, torch.Tensor]:
     """Rows as one right-padded batch with labels on the answers."""
-    return collate([(row["input_ids"], row["labels"]) for row in tokenized(rows, tokenizer)], tokenizer.pad_token_id)
+    batch = collate([(row["input_ids"], row["labels"]) for row in tokenized(rows, tokenizer)], tokenizer.pad_token_id)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {key: value.to(device) for key, value in batch.items()}
 
 
 def _fresh_process_logits(code: str, adapter: Path, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -205,7 +208,7 @@ def _prove_reload(console: Console, model: PeftModel, tokenizer: Any, suite: Sui
     save_adapter(model, folder)
     batch = _batch(tokenizer, suite.test[:16])
     with torch.no_grad():
-        here = model(**batch).logits
+        here = model(**batch).logits.cpu()
     difference = float((_fresh_process_logits(_RELOAD, folder, batch) - here).abs().max())
     verdict = "[green]equal bit for bit[/green]" if difference == 0 else f"[red]they differ by {difference:.2g}[/red]"
     console.print(f"Saved to {folder}, reloaded in a fresh process: logits {verdict}.\n")
@@ -227,14 +230,14 @@ def _merge(
     with model.disable_adapter():
         base = exact_match(model, tokenizer, suite.test)
     scores = {name: sum(m) / len(m) for name, m in (("base", base), ("routed", routed), ("merged", merged))}
-    config = save_static(factors, folder, str(POCKET_DIR))
-    console.print(agreement_table(agreement, config.r, scores))
+    save_static(factors, folder, str(POCKET_DIR))
+    console.print(agreement_table(agreement, rank_range(factors), scores))
     console.print(
         "A routed adapter is no weight: what the merge loses is printed, not hidden. Serve it routed to keep it."
     )
     batch = _batch(tokenizer, suite.test[:16])
     with torch.no_grad(), instead_of_routing(model, factors):
-        here = model(**batch).logits
+        here = model(**batch).logits.cpu()
     difference = float((_fresh_process_logits(_RELOAD_PLAIN, folder, batch) - here).abs().max())
     console.print(f"{folder} loads with stock PEFT, without this package; logits differ by {difference:.1g}.\n")
     return agreement, scores

@@ -6,13 +6,16 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from transformers import AutoConfig
 
 from moe_peft.agreement import Agreement, measure_agreement
 from moe_peft.budget import count_parameters, equal_budget_lora, meta_backbone
+from moe_peft.catalogue import CONFIG_FILE
 from moe_peft.config import MoeConfig
+from moe_peft.errors import refuse
 from moe_peft.loaded import batches_of, load_adapter
-from moe_peft.merge import fit_static, routed_layers, save_static
+from moe_peft.merge import Factors, fit_static, routed_layers, save_static
 from moe_peft.report import health_table, heat_map, routing_report, short_name
 
 
@@ -39,20 +42,22 @@ def inspect_adapter(
     for parameter in (p for n, p in adapted.named_parameters() if adapted.base_model.prefix in n):
         parameter.requires_grad_(True)  # loaded for inference; counted as trained
     config = adapted.peft_config["default"]
+    if not isinstance(config, MoeConfig):
+        kind = config.peft_type.value
+        raise ValueError(f"'{adapter}' is a {kind} adapter, without routers to look into. Give a routed adapter.")
     count = count_parameters(adapted)
     backbone = meta_backbone(AutoConfig.from_pretrained(adapted.get_base_model().config.name_or_path))
-    targets = sorted({name.rsplit(".", 1)[-1] for name in routed_layers(adapted)})
+    modules = sorted(routed_layers(adapted))
+    targets = sorted({name.rsplit(".", 1)[-1] for name in modules})
     table = Table(title=f"{adapter}: {config.peft_type.value}", show_header=False)
-    if isinstance(config, MoeConfig):
-        visited = f"top {config.top_k}" if config.top_k else ""
-        table.add_row("experts", f"{config.num_experts} of rank {config.r}, {config.num_shared_experts} shared")
-        table.add_row("routing", f"{config.routing} {visited}; balance {config.balance}")
+    visited = f"top {config.top_k}" if config.top_k else ""
+    table.add_row("experts", f"{config.num_experts} of rank {config.r}, {config.num_shared_experts} shared")
+    table.add_row("routing", f"{config.routing} {visited}; balance {config.balance}")
     table.add_row("adapted layers", f"{count.layers}: {', '.join(targets)}")
     table.add_row("trained parameters", f"{count.trainable:,}, of them {count.router:,} in routers")
     table.add_row("used by a token", f"{count.active:,}")
     for label, budget in (("trained", count.trainable), ("used", count.active)):
-        lora = equal_budget_lora(backbone, budget, targets)
-        table.add_row(f"LoRA with as many {label}", f"r = {lora.r}")
+        table.add_row(f"LoRA with as many {label}", _equal_rank(backbone, budget, modules))
     console.print(table)
     if data is None:
         console.print("Give --data FILE (and --by COLUMN) to route text and see which expert answers what.")
@@ -64,6 +69,13 @@ def inspect_adapter(
         report.save(output / "routing.json")
         heat_map(report, output / "routing.png")
         console.print(f"Written: {output / 'routing.json'}, {output / 'routing.png'}")
+
+
+def _equal_rank(backbone: nn.Module, budget: int, modules: list[str]) -> str:
+    try:
+        return f"r = {equal_budget_lora(backbone, budget, modules).r}"
+    except ValueError:
+        return "less than r = 1"
 
 
 def merge_adapter(
@@ -83,6 +95,9 @@ def merge_adapter(
     Raises:
         ValueError: an adapter, model, text or setting that cannot be used, in words.
     """
+    there = output / CONFIG_FILE
+    if there.is_file() and json.loads(there.read_text()).get("peft_type") != "LORA":
+        raise refuse("--output", str(output), "a folder without another adapter", "Name a new folder.")
     adapted, tokenizer = load_adapter(adapter, model, load_in)
     text = batches_of(calibration, tokenizer, limit=limit)["all"]
     if held_out is not None:
@@ -100,8 +115,8 @@ def merge_adapter(
     agreement = measure_agreement(adapted, factors, measured)
     base_model = adapted.peft_config["default"].base_model_name_or_path
     record = {"adapter": adapter, "method": method, "calibration": calibration, **agreement._asdict()}
-    config = save_static(factors, output, base_model, {"moe_peft_merge.json": json.dumps(record, indent=1)})
-    console.print(agreement_table(agreement, config.r))
+    save_static(factors, output, base_model, {"moe_peft_merge.json": json.dumps(record, indent=1)})
+    console.print(agreement_table(agreement, rank_range(factors)))
     worst = sorted(agreement.layer_error.items(), key=lambda item: -item[1])[:5]
     console.print("Largest errors: " + ", ".join(f"{short_name(name)} {error:.0%}" for name, error in worst))
     console.print(
@@ -109,7 +124,13 @@ def merge_adapter(
     )
 
 
-def agreement_table(agreement: Agreement, rank: int, scores: dict[str, float] | None = None) -> Table:
+def rank_range(factors: dict[str, Factors]) -> str:
+    """The rank of the static LoRA, or "8 to 32" where layers differ."""
+    ranks = {f.A.shape[0] for f in factors.values()}
+    return str(min(ranks)) if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
+
+
+def agreement_table(agreement: Agreement, rank: str, scores: dict[str, float] | None = None) -> Table:
     """Base, routed and merged model beside each other.
 
     Args:

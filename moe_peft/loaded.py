@@ -61,7 +61,7 @@ def batches_of(
         source: as `moe-peft train --dataset`; a slice of it goes behind a `#`: "rows.jsonl#train[:100]".
         tokenizer: with a chat template if the rows are conversations.
         by: the column that names a row's domain; None puts all rows under "all".
-        limit: at most this many rows in all, from the start.
+        limit: at most this many rows in all, drawn at random (seed 0): a file may be sorted by domain.
         max_length: longer rows are cut.
 
     Raises:
@@ -73,7 +73,7 @@ def batches_of(
     keep = () if by is None else (by,)
     dataset = training_rows(name, split or "train", chat=tokenizer.chat_template is not None, keep=keep).dataset
     groups: dict[str, list[tuple[list[int], list[int]]]] = {}
-    for row in dataset.select(range(min(limit, len(dataset)))):
+    for row in dataset.shuffle(seed=0).select(range(min(limit, len(dataset)))):
         ids, labels = _encode(row, tokenizer)
         groups.setdefault(str(row[by]) if by else "all", []).append((ids[:max_length], labels[:max_length]))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -106,14 +106,21 @@ def _encode(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
         return ids, list(ids)
     if "prompt" in row:
         if isinstance(row["prompt"], str):
-            prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
-            answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-            return prompt + answer, [-100] * len(prompt) + answer
+            prompt = tokenizer(row["prompt"])["input_ids"]
+            whole = tokenizer(_ended(row["prompt"] + row["completion"], tokenizer))["input_ids"]
+            own = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+            return whole, [-100] * own + whole[own:]
         prompt = _template(tokenizer, row["prompt"], add_generation_prompt=True)
         whole = _template(tokenizer, row["prompt"] + row["completion"])
         return whole, [-100] * len(prompt) + whole[len(prompt) :]
-    ids = tokenizer(row["text"])["input_ids"]
+    ids = tokenizer(_ended(row["text"], tokenizer))["input_ids"]
     return ids, list(ids)
+
+
+def _ended(text: str, tokenizer: Any) -> str:
+    """The text with an end-of-text behind it, as TRL trains it."""
+    eos = tokenizer.eos_token or ""
+    return text if text.endswith(eos) else text + eos
 
 
 def _template(tokenizer: Any, messages: list[dict[str, str]], **kwargs: Any) -> list[int]:

@@ -12,7 +12,6 @@ normal equations, so that the statistics of a layer are (E r + E)^2 numbers, wha
 much text is read, and the frozen weight is never touched: a 4-bit backbone stays as it is.
 """
 
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from moe_peft.errors import nearest, refuse
 from moe_peft.routing import dense_weights, routing_dtype
+from moe_peft.saving import begin, put_in_place
 from moe_peft.tuners.linear_moe import LinearMoeLinear, RoutedLora
 
 
@@ -55,6 +55,23 @@ def routed_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, 
             "`PeftModel.from_pretrained`, or give its name."
         )
     return layers
+
+
+def on_device(batch: Batch, model: nn.Module) -> Batch:
+    """The batch where the model is."""
+    device = next(model.parameters()).device
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def _check_mergeable(model: PeftModel, layers: dict[str, LinearMoeLinear], adapter_name: str) -> None:
+    """Refuse what a plain LoRA could not carry, before anything is computed."""
+    if any(adapter_name not in layer.active_adapters for layer in layers.values()):
+        raise ValueError(f"Adapter '{adapter_name}' is not active. Call `model.set_adapter('{adapter_name}')` first.")
+    config = model.peft_config[adapter_name]
+    for field in ("modules_to_save", "trainable_token_indices"):
+        if getattr(config, field, None):
+            remedy = "The plain LoRA would lose the weights that were trained there: serve the adapter routed."
+            raise refuse(field, getattr(config, field), "None for a static merge", remedy)
 
 
 class _Statistics:
@@ -144,6 +161,7 @@ def fit_static(
     if rank is not None and rank < 1:
         raise refuse("rank", rank, "a whole number of at least 1, or None", "None keeps every direction.")
     layers = routed_layers(model, adapter_name)
+    _check_mergeable(model, layers, adapter_name)
     statistics = {name: _Statistics(layer.linear_moe_experts[adapter_name]) for name, layer in layers.items()}
 
     def see(name: str, experts: RoutedLora, x: Tensor, y: Tensor, real: Tensor | None) -> None:
@@ -151,7 +169,7 @@ def fit_static(
 
     with observing(model, layers, adapter_name, see):
         for batch in calibration:
-            model(**batch)
+            model(**on_device(batch, model))
     if not all(s.tokens for s in statistics.values()):
         raise ValueError("The calibration text holds no token. Give at least a few sequences of the training mix.")
     return {
@@ -233,7 +251,7 @@ def instead_of_routing(model: PeftModel, factors: dict[str, Factors], adapter_na
 def save_static(
     factors: dict[str, Factors], folder: Path, base_model: str | None, also: dict[str, str] | None = None
 ) -> LoraConfig:
-    """Write the static LoRA as a plain PEFT adapter, in place of whatever was in `folder`, in one step.
+    """Write the static LoRA as a plain PEFT adapter, in one step; files of other names in `folder` are left alone.
 
     Args:
         folder: gets `adapter_config.json` and `adapter_model.safetensors`.
@@ -241,14 +259,10 @@ def save_static(
         also: further files to write, name -> text.
     """
     config, state = factors_to_peft(factors, base_model)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
-        whole = Path(beside) / "whole"
-        config.save_pretrained(str(whole))
-        save_file(state, whole / "adapter_model.safetensors", metadata={"format": "pt"})
-        for name, text in (also or {}).items():
-            (whole / name).write_text(text)
-        if folder.exists():
-            folder.rename(Path(beside) / "old")
-        whole.rename(folder)
+    beside = begin(folder)
+    config.save_pretrained(str(beside))
+    save_file(state, beside / "adapter_model.safetensors", metadata={"format": "pt"})
+    for name, text in (also or {}).items():
+        (beside / name).write_text(text)
+    put_in_place(beside, folder)
     return config

@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from moe_peft.merge import routed_layers
+from moe_peft.merge import on_device, routed_layers
 from moe_peft.watch import DEAD_SHARE
 
 
@@ -98,7 +98,7 @@ def routing_report(
             for e in experts.values():
                 e.state.reset()
             for batch in texts:
-                model(**batch)
+                model(**on_device(batch, model))
             for name, e in experts.items():
                 if e.state.counts is None or e.state.entropy is None or e.state.tokens is None:
                     raise ValueError(f"Domain '{domain}' has no text. Give at least one batch for it.")
@@ -235,8 +235,8 @@ def _grid(report: RoutingReport) -> tuple[list[str], list[str], Tensor]:
     """Layers x projections of the domain information; NaN where a layer has no such router."""
     places = [short_name(name).split(" ", 1) if " " in short_name(name) else ["0", name] for name in report.health]
     layers = list(dict.fromkeys(layer for layer, _ in places))
-    projections = list(dict.fromkeys(projection.rsplit(".", 1)[-1] for _, projection in places))
+    projections = list(dict.fromkeys(projection for _, projection in places))
     values = torch.full((len(layers), len(projections)), float("nan"))
     for (layer, projection), health in zip(places, report.health.values(), strict=True):
-        values[layers.index(layer), projections.index(projection.rsplit(".", 1)[-1])] = health.domain_information
+        values[layers.index(layer), projections.index(projection)] = health.domain_information
     return layers, projections, values

@@ -77,6 +77,14 @@ def test_a_config_is_fitted_to_a_budget_by_its_rank_and_keeps_its_scale():
     assert (fitted.r, fitted.lora_alpha) == (3, 6)
 
 
+def test_the_scale_is_kept_under_rslora_too():
+    backbone = meta_backbone(make_tiny_llama().config)
+    config = LinearMoeConfig(num_experts=4, r=4, lora_alpha=16, use_rslora=True, target_modules=FFN)
+    fitted = fit_to_budget(backbone, config, 3 * count_config(backbone, config).trainable)
+    assert fitted.r > 4
+    assert fitted.lora_alpha / fitted.r**0.5 == pytest.approx(16 / 4**0.5)
+
+
 def test_budgets_that_cannot_be_met_are_refused():
     backbone = meta_backbone(make_tiny_llama().config)
     with pytest.raises(ValueError, match="`budget` is 10, but must be at least .* rank 1 costs"):

@@ -167,3 +167,23 @@ def test_yaml_means_what_it_looks_like(text, value):
 def test_settings_that_are_none_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
         plain_yaml.load_settings(text, "my.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "top_k", "balance"),
+    [
+        ({"routing": "softmax"}, None, "none"),
+        ({"routing": "top_1"}, None, "switch"),
+        ({"num_experts": 1}, 1, "switch"),
+        ({"num_experts": 4}, 2, "switch"),
+    ],
+    ids=str,
+)
+def test_what_follows_from_an_override_is_decided_anew(overrides, top_k, balance):
+    config = catalogue.from_catalogue("molora", **overrides)
+    assert (config.top_k, config.balance) == (top_k, balance)
+
+
+def test_an_override_that_contradicts_another_is_still_refused():
+    with pytest.raises(ValueError, match="`top_k` is 2, but must be left out"):
+        catalogue.from_catalogue("molora", routing="softmax", top_k=2)

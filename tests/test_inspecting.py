@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from moe_peft import LinearMoeConfig, cli
 from moe_peft.loaded import batches_of
@@ -18,7 +18,9 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("inspect")
     torch.manual_seed(0)
     model, _ = load_pocket()
-    config = LinearMoeConfig(num_experts=4, r=2, target_modules=["up_proj"], init_weights=False, task_type="CAUSAL_LM")
+    config = LinearMoeConfig(
+        num_experts=4, r=2, lora_alpha=128, target_modules=["up_proj"], init_weights=False, task_type="CAUSAL_LM"
+    )
     save_adapter(get_peft_model(model, config), root / "adapter")
     rows = make_suite("fact8tag", 0, num_people=4).test
     (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -76,8 +78,25 @@ def test_what_is_mistyped_gets_a_sentence(folder, tmp_path, capsys):
     merge = ("merge", adapter, "--calibration", rows, "--output", tmp_path / "x")
     assert "Did you mean 'lstsq'?" in refusal(capsys, *merge, "--method", "lsqst")
     assert "`rank` is 0, but must be" in refusal(capsys, *merge, "--rank", 0)
+    before = sorted(path.name for path in adapter.iterdir())
+    assert "a folder without another adapter" in refusal(capsys, *merge[:-1], adapter)
+    assert sorted(path.name for path in adapter.iterdir()) == before
     assert "too little to keep a part for measuring" in refusal(capsys, *merge, "--limit", 4)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_plain_lora_has_no_routers_to_look_into(tmp_path, capsys):
+    model, _ = load_pocket()
+    save_adapter(get_peft_model(model, LoraConfig(r=1, target_modules=["up_proj"])), tmp_path)
+    assert "is a LORA adapter, without routers" in refusal(capsys, "inspect", tmp_path)
+
+
+def test_an_adapter_smaller_than_any_lora_of_its_layers_is_still_inspected(tmp_path, capsys):
+    model, _ = load_pocket()
+    config = LinearMoeConfig(num_experts=2, r=1, target_modules=["up_proj"], layers_to_transform=[0])
+    save_adapter(get_peft_model(model, config), tmp_path)
+    assert run("inspect", tmp_path) == 0
+    assert "r = 3" in capsys.readouterr().out  # 1216 parameters over 480 per rank on that one layer
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The static merge: exact where the routed function is linear, least squares where it is not, plain LoRA on disk."""
 
+import json
 import subprocess
 import sys
 
@@ -146,13 +147,23 @@ def test_layers_of_unequal_rank_keep_theirs(tmp_path):
         torch.testing.assert_close(loaded(**text(1)[0]).logits, model(**text(1)[0]).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_saving_again_replaces_the_folder_whole(tmp_path):
+def test_saving_again_replaces_its_own_files_and_leaves_others_alone(tmp_path):
+    model, folder = routed_model(), tmp_path / "plain"
+    save_static(fit_static(model, text(2), rank=2), folder, None)
+    (folder / "thesis.txt").write_text("years of work")
+    save_static(fit_static(model, text(2), rank=3), folder, None)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["adapter_config.json", "adapter_model.safetensors", "thesis.txt"]
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 3
+
+
+def test_what_a_plain_lora_cannot_carry_is_refused():
+    with pytest.raises(ValueError, match=r"`modules_to_save` is .* but must be None for a static merge"):
+        fit_static(routed_model(modules_to_save=["lm_head"]), text(1))
     model = routed_model()
-    save_static(fit_static(model, text(2), rank=2), tmp_path / "plain", None, {"moe_peft_merge.json": "{}"})
-    save_static(fit_static(model, text(2), rank=3), tmp_path / "plain", None)
-    names = sorted(path.name for path in (tmp_path / "plain").iterdir())
-    assert names == ["adapter_config.json", "adapter_model.safetensors"]
-    assert [path.name for path in tmp_path.iterdir()] == ["plain"]
+    model.add_adapter("other", LinearMoeConfig(num_experts=2, r=1, target_modules=["up_proj"]))
+    with pytest.raises(ValueError, match="Adapter 'other' is not active"):
+        fit_static(model, text(1), adapter_name="other")
 
 
 def test_bad_input_is_refused_in_words():

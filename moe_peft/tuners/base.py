@@ -4,6 +4,7 @@ A wrapped layer keeps its signature, return type and dtype. The frozen layer is 
 serves plain and quantised linears alike; only an exact merge reads its weight, through PEFT's quantisation backends.
 """
 
+import copy
 import re
 import warnings
 from abc import abstractmethod
@@ -69,6 +70,7 @@ class MoeTunerLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._packed_weight: nn.Parameter | None = None
+        self._packed_state: Any = None
 
     @abstractmethod
     def add_experts_output(self, x: Tensor, y: Tensor, adapter_name: str) -> Tensor:
@@ -136,6 +138,8 @@ class MoeTunerLayer(nn.Module, BaseTunerLayer):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             if self.quantization_backend is not None and self._packed_weight is None:
                 self._packed_weight = self.get_base_layer().weight
+                # bitsandbytes' 8-bit layer computes from its state, not from its weight.
+                self._packed_state = copy.copy(getattr(self.get_base_layer(), "state", None))
             self.set_base_weight(merged.to(self._base_dtype()))
             self.merged_adapters.append(name)
 
@@ -145,7 +149,9 @@ class MoeTunerLayer(nn.Module, BaseTunerLayer):
             return
         if self._packed_weight is not None:
             self.get_base_layer().weight = self._packed_weight
-            self._packed_weight = None
+            if self._packed_state is not None:
+                self.get_base_layer().state = self._packed_state
+            self._packed_weight = self._packed_state = None
             self.merged_adapters.clear()
         while self.merged_adapters:
             name = self.merged_adapters.pop()
