@@ -202,6 +202,7 @@ class RoutingContext:
         real: `[B, S]` bool for the layer that runs now, or None when every token is real.
         task_types: `[B]` or None.
         recording: count in inference too (for the routing report).
+        counted: `[B, S]` bool, the only positions that a recording counts; None counts every real one.
         watching: count in training even where no balance loss asks for it.
     """
 
@@ -209,6 +210,7 @@ class RoutingContext:
         self.real: Tensor | None = None
         self.task_types: Tensor | None = None
         self.recording = False
+        self.counted: Tensor | None = None
         self.watching = False
         self._names_of: dict[type[nn.Module], tuple[str, ...]] = {}
 
@@ -240,9 +242,11 @@ class RoutingContext:
 
     def real_tokens(self, tokens: int) -> Tensor | None:
         """The mask for an input of that many tokens, `[tokens]`; None when all are real."""
-        if self.real is None or self.real.numel() != tokens:
-            return None
-        return self.real.reshape(-1)
+        real = None if self.real is None or self.real.numel() != tokens else self.real.reshape(-1)
+        if self.counted is None or self.counted.numel() != tokens:
+            return real
+        counted = self.counted.reshape(-1)
+        return counted if real is None else real & counted
 
     def required_task_types(self) -> Tensor:
         """The samples' task types, `[B]`.

@@ -28,7 +28,7 @@ from moe_peft.inspecting import agreement_table, rank_range
 from moe_peft.loaded import collate
 from moe_peft.merge import fit_static, instead_of_routing, save_static
 from moe_peft.pocket import POCKET_DIR, Row, Suite, exact_match, knowledge_probe, make_suite, per_domain
-from moe_peft.report import health_table, heat_map, routing_report
+from moe_peft.report import health_table, heat_map, routing_report, verdict
 from moe_peft.saving import save_adapter
 from moe_peft.trial import TrialSettings, load_pocket, tokenized, train_adapter
 
@@ -141,8 +141,8 @@ def run(output_dir: Path, seed: int = 0, steps: int = 300, console: Console | No
 
 def _introduce(console: Console, suite: Suite) -> None:
     console.print("[bold]moe-peft demo[/bold]: eight domains that contradict each other, one 4-bit backbone\n")
-    people = {row["prompt"][2:] for row in suite.train[:1]}
-    shown = [row for row in suite.train if row["prompt"][2:] in people]
+    question = suite.test[0]["prompt"][2:]
+    shown = [row for row in suite.test if row["prompt"][2:] == question]
     for row in sorted(shown, key=lambda row: row["domain"])[:3]:
         console.print(f"  [dim]{row['prompt']}[/dim][green]{row['completion']}[/green]")
     console.print(f"  ... {len(suite.train)} rows; the tag before the bar decides which answer is right.\n")
@@ -248,8 +248,9 @@ def _report(console: Console, model: PeftModel, tokenizer: Any, suite: Suite, ou
         f"tag {domain}": [_batch(tokenizer, [row for row in suite.test if row["domain"] == domain])]
         for domain in suite.domains
     }
-    report = routing_report(model, batches)
+    report = routing_report(model, batches, answers_only=True)
     report.save(output_dir / "routing.json")
     heat_map(report, output_dir / "routing.png")
     console.print(health_table(report))
+    console.print(verdict(report))
     console.print(f"Picture: {output_dir / 'routing.png'}")

@@ -16,7 +16,7 @@ from moe_peft.config import MoeConfig
 from moe_peft.errors import refuse
 from moe_peft.loaded import batches_of, load_adapter
 from moe_peft.merge import Factors, fit_static, routed_layers, save_static
-from moe_peft.report import health_table, heat_map, routing_report, short_name
+from moe_peft.report import health_table, heat_map, routing_report, short_name, verdict
 
 
 def inspect_adapter(
@@ -62,8 +62,9 @@ def inspect_adapter(
     if data is None:
         console.print("Give --data FILE (and --by COLUMN) to route text and see which expert answers what.")
         return
-    report = routing_report(adapted, batches_of(data, tokenizer, by, limit))
+    report = routing_report(adapted, batches_of(data, tokenizer, by, limit), answers_only=True)
     console.print(health_table(report))
+    console.print(verdict(report))
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         report.save(output / "routing.json")

@@ -35,18 +35,24 @@ class Kernels(TorchDispatchMode):
     Each call that reaches the dispatcher counts as one kernel, except a view (the operator's schema says so) and a mere
     allocation. Sums into `.grad` of a leaf do not occur, as every count starts without gradients. An operator waits
     where its tags say that its value or its shape depends on data: `item`, `nonzero`, `is_nonzero`, `equal`, `unique`.
+
+    `wide` counts those kernels whose result is at least that many elements, where a limit is given.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = 0) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.limit, self.wide = limit, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
         assert not waits, f"{func} makes the host wait for the device"
         if not func.is_view and func.overloadpacket not in NO_KERNEL:
             self.counts[str(func.overloadpacket)] += 1
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and func.overloadpacket not in NO_KERNEL and isinstance(result, Tensor):
+            self.wide += result.numel() >= self.limit
+        return result
 
     @property
     def total(self) -> int:
@@ -117,6 +123,22 @@ def test_a_training_step_takes_at_most_13_kernels_forward_and_30_in_all():
     print(f"routed: {forward.total} forward {dict(forward.counts)}, {backward.total} backward {dict(backward.counts)}")
     assert forward.total <= 13
     assert forward.total + backward.total <= 30
+
+
+def test_few_kernels_are_as_wide_as_the_layer():
+    """Forward the frozen layer and the sum, backward two gradients of x and their sum; all else is in rank space."""
+    tokens, width = 256, 256
+    wide = {}
+    for name, layer in (("routed", make_routed(width, width, **TOP_2)), ("LoRA", make_lora(width, width))):
+        x = torch.randn(1, tokens, width, dtype=torch.bfloat16, requires_grad=True)
+        with Kernels(limit=tokens * width) as forward:
+            y = layer(x)
+        cotangent = torch.randn_like(y)
+        with Kernels(limit=tokens * width) as backward:
+            y.backward(cotangent)
+        wide[name] = (forward.wide, backward.wide)
+    print(f"\nwide kernels, forward and backward: {wide}")
+    assert wide["routed"] <= (2, 3)
 
 
 def test_the_balance_gradient_is_paid_in_backward_alone():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -10,7 +11,16 @@ from peft import get_peft_model
 
 from moe_peft import LinearMoeConfig
 from moe_peft.merge import routed_layers
-from moe_peft.report import domain_information, health_table, heat_map, routing_report, short_name
+from moe_peft.report import (
+    RouterHealth,
+    RoutingReport,
+    domain_information,
+    health_table,
+    heat_map,
+    routing_report,
+    short_name,
+    verdict,
+)
 
 
 def model_and_text(**settings):
@@ -66,6 +76,32 @@ def test_padding_is_not_counted():
     padded = torch.cat((ids, torch.zeros(2, 3, dtype=torch.long)), dim=1)
     report = routing_report(model, {"a": [{"input_ids": padded, "attention_mask": (padded != 0).long()}]})
     assert all(sum(table[0]) == 2 * 12 for table in report.counts.values())
+
+
+@pytest.mark.parametrize(
+    ("counts", "sentence"),
+    [
+        ([[9.0, 0.0], [0.0, 9.0]], "The experts follow the domains: .* tells 100%"),
+        ([[7.0, 3.0], [3.0, 7.0]], "follow the domains in part"),
+        ([[5.0, 5.0], [5.0, 5.0]], "do not follow the domains"),
+    ],
+)
+def test_the_verdict_says_whether_experts_follow_the_domains(counts, sentence):
+    health = RouterHealth([0.5, 0.5], 0.5, 1.0, 0, domain_information(torch.tensor(counts)))
+    assert re.search(sentence, verdict(RoutingReport(["a", "b"], {"x": counts}, {"x": health})))
+
+
+def test_only_positions_that_predict_an_answer_are_counted_when_asked_for():
+    model, _ = model_and_text()
+    ids = torch.randint(1, 100, (2, 6))
+    labels = ids.clone()
+    labels[:, :4] = -100  # two answer tokens a row, predicted from positions 3 and 4
+    batch = {"input_ids": ids, "labels": labels}
+    report = routing_report(model, {"a": [batch]}, answers_only=True)
+    assert all(sum(table[0]) == 2 * 2 * 2 for table in report.counts.values())
+    assert all(sum(table[0]) == 2 * 2 * 6 for table in routing_report(model, {"a": [batch]}).counts.values())
+    with pytest.raises(ValueError, match="`answers_only` is True, but domain 'a' has no `labels`"):
+        routing_report(model, {"a": [{"input_ids": ids}]}, answers_only=True)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -128,11 +128,41 @@ def test_a_changed_weight_is_seen_by_the_next_decoding_step(name, change):
 
 def test_the_first_pass_of_a_reentrant_checkpoint_rounds_as_the_second_does():
     """A last bit that differs could send a token to another expert in the pass that takes the gradients."""
-    layer = make_layer(torch.bfloat16).train()
-    x = torch.randn(3, 50, D_IN, dtype=torch.bfloat16, requires_grad=True)
-    with torch.no_grad():
-        first = layer(x)
-    assert torch.equal(first, layer(x))
+    layer = make_layer().train()
+    for tokens in (1, 2, 3, 10, 100):  # few tokens are decoded in another order of summation
+        x = torch.randn(3, tokens, D_IN, requires_grad=True)
+        with torch.no_grad():
+            first = layer(x)
+        assert torch.equal(first, layer(x))
+
+
+def test_dropout_plays_no_part_outside_training():
+    layer = make_layer(torch.float64, lora_dropout=0.5).eval()
+    x = torch.randn(2, 5, D_IN, dtype=torch.float64, requires_grad=True)
+    assert_equal_up_to(1e-12, [layer(x)], [layer_by_definition(layer, x)])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "wanted"),
+    [
+        (torch.bfloat16, False, torch.float32),
+        (torch.float32, True, torch.float32),
+        (torch.float64, False, torch.float64),
+    ],
+)
+def test_routing_is_computed_in_at_least_fp32(dtype, autocast, wanted):
+    layer = make_layer(dtype).train()
+    experts, seen = layer.linear_moe_experts["default"], []
+    rule = experts.rule
+
+    def watched(logits: Tensor, top_k: int):
+        seen.append(logits.dtype)
+        return rule(logits, top_k)
+
+    experts.rule = watched
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        layer(torch.randn(2, 5, D_IN, dtype=dtype))
+    assert seen == [wanted]
 
 
 def compiled_and_eager(backend: str, dtype: torch.dtype = torch.float32, **settings) -> int:
