@@ -138,7 +138,8 @@ def test_few_kernels_are_as_wide_as_the_layer():
             y.backward(cotangent)
         wide[name] = (forward.wide, backward.wide)
     print(f"\nwide kernels, forward and backward: {wide}")
-    assert wide["routed"] <= (2, 3)
+    assert wide["routed"][0] <= 2
+    assert wide["routed"][1] <= 3
 
 
 def test_the_balance_gradient_is_paid_in_backward_alone():

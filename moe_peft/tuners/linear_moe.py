@@ -1,8 +1,9 @@
 """A router on each linear layer: MoLA (arXiv:2402.08562), LoRAMoE (arXiv:2312.09979), and the space around them.
 
-    y = W x + s * sum_{e chosen} g_e(x) B_e A_e x,     g = rule(R x),     s = alpha / r
+    y = W x + s * (sum_{e chosen} g_e(x) B_e A_e x + sum_{j shared} B_j A_j x),     g = rule(c R x),     s = alpha / r
 
-With one expert there is nothing to route: the layer is a plain LoRA and can be merged.
+c is `router_scale`; shared experts are DeepSeekMoE's (arXiv:2401.06066) and absent by default. With one routed expert
+there is nothing to route: the layer is a plain LoRA and can be merged.
 """
 
 import math
