@@ -42,8 +42,9 @@ def in_a_new_process(program: str, *arguments: object) -> str:
 
 
 def make_adapted() -> PeftModel:
+    base = make_tiny_llama()
     torch.manual_seed(2)
-    return get_peft_model(make_tiny_llama(), LinearMoeConfig(**SETTINGS, init_weights=False)).eval()
+    return get_peft_model(base, LinearMoeConfig(**SETTINGS, init_weights=False)).eval()
 
 
 def logits(model, tokens) -> torch.Tensor:

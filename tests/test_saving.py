@@ -26,8 +26,9 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def make_adapted(seed: int = 2, **settings) -> PeftModel:
+    base = make_tiny_llama()  # which sets the seed as well
     torch.manual_seed(seed)
-    return get_peft_model(make_tiny_llama(), LinearMoeConfig(**{**SETTINGS, **settings})).eval()
+    return get_peft_model(base, LinearMoeConfig(**{**SETTINGS, **settings})).eval()
 
 
 def logits(model, tokens) -> torch.Tensor:
