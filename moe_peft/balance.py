@@ -65,13 +65,13 @@ def switch_loss(routing: Routing, real: Tensor | None = None, load: Tensor | Non
     return mean.shape[0] * (load.detach() * mean).sum()
 
 
-def switch_gradient(router_logits: Tensor, real: Tensor | None, load: Tensor) -> Tensor:
+def switch_gradient(router_logits: Tensor, real: Tensor | None, load: Tensor, probs: Tensor | None = None) -> Tensor:
     """The gradient of `switch_loss` with respect to the logits in closed form, `[T, E]`.
 
     With p the softmax of a token's logits and T' the number of real tokens, the derivative of
     `E * sum_e f_e mean_t p[t, e]` is `(E / T') * p * (f - <p, f>)`; the row of a padding token is zero.
     """
-    probs = router_logits.softmax(dim=-1)
+    probs = router_logits.softmax(dim=-1) if probs is None else probs
     centred = probs * (load - (probs @ load).unsqueeze(-1))
     if real is None:
         return centred * (load.shape[0] / centred.shape[0])

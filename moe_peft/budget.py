@@ -12,7 +12,7 @@ from torch import nn
 
 from moe_peft.config import MoeConfig
 from moe_peft.errors import refuse
-from moe_peft.tuners.linear_moe import LinearMoeLinear
+from moe_peft.tuners.base import MoeTunerLayer
 
 
 class ParameterCount(NamedTuple):
@@ -41,17 +41,16 @@ def meta_backbone(config: object) -> nn.Module:
 
 def count_parameters(model: nn.Module, adapter_name: str = "default") -> ParameterCount:
     """Count what an adapter of a PEFT model trains and uses, whether it is one of ours or plain LoRA."""
-    layers = [m for m in model.modules() if isinstance(m, LinearMoeLinear) and m.holds(adapter_name)]
+    layers = [m for m in model.modules() if isinstance(m, MoeTunerLayer) and m.holds(adapter_name)]
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not layers:
         adapted = sum(hasattr(m, "base_layer") for m in model.modules())
         return ParameterCount(trainable, 0, trainable, adapted)
     router = idle = 0
     for layer in layers:
-        experts = layer.linear_moe_experts[adapter_name]
-        router += 0 if experts.router is None else experts.router.numel()
-        visited = min(experts.top_k, experts.num_experts)
-        unused = experts.num_experts - visited
+        experts = layer.experts(adapter_name)
+        router += sum(p.numel() for name, p in experts.named_parameters() if name.startswith("router"))
+        unused = len(experts.lora_A) - experts.num_shared - experts.visited
         idle += unused * (experts.lora_A[0].numel() + experts.lora_B[0].numel())
     return ParameterCount(trainable, router, trainable - idle, len(layers))
 

@@ -5,7 +5,6 @@ every transformers `Trainer` starts with, and so every TRL trainer. It does noth
 Pass one yourself to change its settings; it then takes the automatic one's place.
 """
 
-import math
 import sys
 import warnings
 from collections.abc import Iterator
@@ -17,10 +16,11 @@ from torch import nn
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from moe_peft.attach import RoutingContext, set_aux_scale
+from moe_peft.context import RoutingContext
 from moe_peft.errors import refuse
+from moe_peft.loop import micro_batches, still_training
 from moe_peft.tuners.base import MoeTunerLayer
-from moe_peft.tuners.linear_moe import RoutedLora
+from moe_peft.tuners.router import Router
 from moe_peft.watch import (
     COLLAPSE_TOKENS,
     COLLAPSED,
@@ -60,7 +60,7 @@ class MoeCallback(TrainerCallback, ExportableState):
             raise refuse("adapter_dtype", adapter_dtype, "a torch dtype, its name or None", "Use torch.float32.")
         self.adapter_dtype = dtype
         self.history: list[dict[str, Any]] = []
-        self._routers: dict[str, RoutedLora] = {}
+        self._routers: dict[str, Router] = {}
         self._context: RoutingContext | None = None
         self._before_cast: list[tuple[nn.Parameter, torch.dtype]] = []
         self._gradients_checked = self._warned = False
@@ -94,6 +94,7 @@ class MoeCallback(TrainerCallback, ExportableState):
         self._gradients_checked = self._warned = False
         if model is None or self._context is None:
             return
+        self._context.scale_balance(1.0, still_training())
         self._context.watching = True
         if getattr(args, "fp16", False) and _distributed_by() == "DEEPSPEED":
             warnings.warn(
@@ -112,10 +113,11 @@ class MoeCallback(TrainerCallback, ExportableState):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._in_charge():
+        if self._in_charge() and self._context is not None:
             scaler = getattr(kwargs.get("optimizer"), "scaler", None)
             scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
-            set_aux_scale(scale / _micro_batches(args, state, kwargs.get("train_dataloader")))
+            passes = micro_batches(args, state, kwargs.get("train_dataloader"))
+            self._context.scale_balance(scale / passes, still_training())
 
     def on_pre_optimizer_step(
         self,
@@ -162,7 +164,7 @@ class MoeCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._in_charge() and self._context is not None:
-            set_aux_scale(1.0)
+            self._context.scale_balance(1.0)
             self._context.watching = False
             self._routers = {}
 
@@ -287,14 +289,3 @@ def _adapter_parameters(model: nn.Module, quantised_only: bool = False) -> Itera
         if isinstance(layer, MoeTunerLayer) and not (quantised_only and layer.quantization_backend is None):
             for container in layer.adapter_layer_names:
                 yield from getattr(layer, container).parameters()
-
-
-def _micro_batches(args: TrainingArguments, state: TrainerState, dataloader: Any) -> int:
-    """How many backward passes the optimizer step that begins now has; the last one of an epoch may have fewer."""
-    accumulated = args.gradient_accumulation_steps
-    try:
-        batches = len(dataloader)
-    except TypeError:  # None, or a stream without length
-        return accumulated
-    steps = max(math.ceil(batches / accumulated), 1)
-    return batches % accumulated or accumulated if state.global_step % steps == steps - 1 else accumulated

@@ -1,21 +1,31 @@
 """One dataclass per adapter type over a shared base: every knob a user can turn, checked in `__post_init__`.
 
 The names are PEFT's for LoRA (`r`, `lora_alpha`, `target_modules`) and transformers' for experts (`num_experts`,
-`top_k`, `router_aux_loss_coef`). Every value that a check can refuse is refused here, before any model is touched.
+`top_k`, `router_aux_loss_coef`). Every value that a check can refuse is refused here (in `config_checks`), before any
+model is touched.
 """
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from moe_peft.allocation import Allocation, parse
-from moe_peft.balance import BALANCES
-from moe_peft.errors import nearest, refuse
-from moe_peft.routing import DENSE_RULES, ROUTING_RULES
+from moe_peft import routing, rules
+from moe_peft.allocation import Allocation
+from moe_peft.config_checks import (
+    check_balance,
+    check_layers,
+    check_localized_is_dense,
+    check_numbers,
+    check_router,
+    check_rule,
+    check_top_k,
+)
+from moe_peft.errors import nearest
+from moe_peft.routing import RoutingRule
 from moe_peft.saving import check_weights
 
 
@@ -62,6 +72,8 @@ class MoeConfig(PeftConfig):
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in `LoraConfig`.
         trainable_token_indices: as in `LoraConfig`; TRL sets it when a chat template adds tokens.
     """
+
+    _rules: ClassVar[Mapping[str, RoutingRule]] = routing.ROUTING_RULES
 
     r: Allocation = field(default=8, metadata={"help": "Rank of one expert."})
     num_experts: Allocation = field(default=8, metadata={"help": "Experts per adapted layer."})
@@ -110,10 +122,15 @@ class MoeConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
-        _check_numbers(self)
-        _check_layers(self)
-        _check_routing(self)
-        _check_balance(self)
+        check_numbers(self)
+        check_layers(self)
+        check_rule(self, self._rules)
+        self._check_router()
+        check_top_k(self)
+        check_balance(self)
+
+    def _check_router(self) -> None:
+        """The fields of the router that only one type has."""
 
 
 @dataclass
@@ -125,97 +142,63 @@ class LinearMoeConfig(MoeConfig):
         self.peft_type = PeftType["LINEAR_MOE"]
 
 
-def _check_numbers(config: MoeConfig) -> None:
-    parse(config.r, "r")
-    parse(config.num_experts, "num_experts")
-    shared = config.num_shared_experts
-    if isinstance(shared, bool) or not isinstance(shared, int) or shared < 0:
-        raise refuse("num_shared_experts", shared, "a whole number of at least 0", "1 or 2 are common, 0 is none.")
-    if not _is_number(config.lora_alpha) or config.lora_alpha <= 0:
-        raise refuse("lora_alpha", config.lora_alpha, "a positive number", "16 is a common choice.")
-    if not _is_number(config.lora_dropout) or not 0.0 <= config.lora_dropout < 1.0:
-        raise refuse("lora_dropout", config.lora_dropout, "at least 0 and below 1", "Give a share such as 0.05.")
-    std = config.router_init_std
-    if std is not None and (not _is_number(std) or std < 0):
-        raise refuse("router_init_std", std, "at least 0, or None", "0.02 is near uniform.")
-    if not _is_number(config.router_scale) or config.router_scale <= 0:
-        raise refuse("router_scale", config.router_scale, "a positive number", "1.0 leaves the logits as they are.")
+@dataclass
+class FfnMoeConfig(MoeConfig):
+    """A router and LoRA experts on each whole FFN block (MixLoRA, LLaVA-MoLE): an expert is the frozen block with its own
+    low-rank change on every targeted linear layer in it, so that the activation function stands inside the expert.
 
+    The fields are those of [`MoeConfig`], and:
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    Args:
+        routing (`str`, *optional*, defaults to `"softmax_top_k"`):
+            "softmax_top_k", "softmax" and "top_1" as in [`MoeConfig`]. "top_p": the most probable experts that together
+            reach the probability `top_p`, not rescaled. "top_1_hard": the most probable expert with weight 1, whose
+            router learns from the balance loss alone. "top_1_straight_through": the same output, and the router learns
+            from the task. "sigmoid_top_k": each expert scored by itself, keep `top_k`, rescale to sum 1.
+        top_p (`float`, *optional*):
+            For "top_p" alone: above 0, at most 1, which keeps all. Defaults to 0.8 there. Lower uses fewer experts. The
+            start is near uniform, where a token visits about `top_p * num_experts` of them.
+        top_k (`int`, *optional*):
+            Experts that each token visits, null ones included. Defaults to 2 under "softmax_top_k" and "sigmoid_top_k".
+            Under "top_p" the most that a token may visit, by default without limit. The other rules fix it.
+        num_null_experts (`int`, *optional*, defaults to 0):
+            Choices beside the experts that mean "the frozen block alone" (AdaMoE), under "softmax_top_k". Tokens that
+            need no change keep the model's own output. With balanced use a token visits
+            `top_k * num_experts / (num_experts + num_null_experts)` experts, so raise `top_k` along with it.
+        num_shared_experts (`int`, *optional*, defaults to 0):
+            Further low-rank changes of rank `r` on each targeted linear layer of the block that every token gets,
+            underneath all experts: an expert changes the block that they have changed. An export folds them into each
+            expert.
+        balance (`str`, *optional*):
+            As in [`MoeConfig`]; "localized" goes with `routing="softmax"` alone, and "top_1_hard" needs "switch".
+        router_z_loss_coef (`float`, *optional*, defaults to 0.0):
+            Weight of the z-loss, which keeps the logits small (ST-MoE); 0.001 is common. Not for "sigmoid_top_k".
+        router_jitter_noise (`float`, *optional*, defaults to 0.0):
+            In training the router sees its input times random numbers from 1 - noise to 1 + noise; the experts do not.
+            At least 0 and below 1.
+        router_bias (`bool`, *optional*, defaults to `False`):
+            Give the router a bias, one number per expert, as LLaVA-MoLE does.
+        router_scale (`float`, *optional*, defaults to 1.0):
+            As in [`MoeConfig`]. A temperature T is `router_scale = 1 / T`: it divides the logits. (MixLoRA's code divides
+            the probabilities, which then no longer sum to 1.)
+        target_modules (`list[str]` or `str`, *optional*):
+            Names or regex of the linear layers to adapt, or "all-linear". Those that belong to an FFN block are mixed;
+            every other one, such as those of the attention, carries one plain LoRA with the layer's `r` and
+            `lora_alpha`. Defaults to the FFN blocks alone.
+    """
 
+    top_p: float | None = field(default=None, metadata={"help": "Probability that the experts reach under 'top_p'."})
+    num_null_experts: int = field(default=0, metadata={"help": "Choices that mean the frozen block alone."})
+    router_z_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the z-loss on the logits."})
+    router_jitter_noise: float = field(default=0.0, metadata={"help": "Noise on the router's input in training."})
+    router_bias: bool = field(default=False, metadata={"help": "Give the router a bias."})
 
-def _check_layers(config: MoeConfig) -> None:
-    """PEFT would not look at these fields; the sentences are those of its `LoraConfig`."""
-    for name in ("layers_to_transform", "layers_pattern"):
-        if isinstance(config.target_modules, str) and getattr(config, name) is not None:
-            raise ValueError(
-                f"`{name}` cannot be used when `target_modules` is a str. Write the layers into the regex."
-            )
-    if config.layers_pattern and config.layers_to_transform is None:
-        raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+    _rules: ClassVar[Mapping[str, RoutingRule]] = rules.ROUTING_RULES
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_localized_is_dense(self)
+        self.peft_type = PeftType["FFN_MOE"]
 
-def _check_routing(config: MoeConfig) -> None:
-    if config.routing not in ROUTING_RULES:
-        allowed = "one of " + ", ".join(repr(rule) for rule in ROUTING_RULES)
-        raise refuse("routing", config.routing, allowed, nearest(str(config.routing), ROUTING_RULES))
-    if config.routing != "softmax_top_k":
-        fixed = "every expert" if config.routing in DENSE_RULES else "one expert"
-        if config.top_k is not None and not (config.routing == "top_1" and config.top_k == 1):
-            raise refuse(
-                "top_k",
-                config.top_k,
-                f"left out with `routing` = {config.routing!r}, which sends each token to {fixed}",
-                "Remove `top_k`, or set `routing` to 'softmax_top_k'.",
-            )
-        return
-    experts = parse(config.num_experts, "num_experts")
-    if config.top_k is None:
-        config.top_k = 1 if max(experts) == 1 else 2
-    if isinstance(config.top_k, bool) or not isinstance(config.top_k, int) or config.top_k < 1:
-        raise refuse("top_k", config.top_k, "a whole number of at least 1", "2 is what MoLA and MixLoRA use.")
-    fewest = min(experts)
-    if config.top_k > fewest:
-        raise refuse(
-            "top_k",
-            config.top_k,
-            f"at most {fewest}, as `num_experts` = {config.num_experts!r} gives some layers only {fewest}",
-            "A token cannot visit more experts than its layer has: lower `top_k` or raise the smallest number.",
-        )
-    if config.top_k == 1 and max(experts) > 1:
-        raise refuse(
-            "top_k",
-            1,
-            "at least 2 with `routing` = 'softmax_top_k'",
-            "The one weight would always be 1 and the task would never train the router: use `routing` = 'top_1'.",
-        )
-
-
-def _check_balance(config: MoeConfig) -> None:
-    if config.balance is None:
-        config.balance = "none" if config.routing in DENSE_RULES else "switch"
-    if config.balance not in BALANCES:
-        allowed = "one of " + ", ".join(repr(name) for name in BALANCES)
-        raise refuse("balance", config.balance, allowed, nearest(str(config.balance), BALANCES))
-    if not _is_number(config.router_aux_loss_coef) or config.router_aux_loss_coef < 0:
-        raise refuse("router_aux_loss_coef", config.router_aux_loss_coef, "at least 0", "0 turns balancing off.")
-    if config.balance == "switch" and config.routing in DENSE_RULES:
-        raise refuse(
-            "balance",
-            "switch",
-            f"'localized' or 'none' with `routing` = {config.routing!r}",
-            "Every token visits every expert there, so the load that 'switch' balances is constant.",
-        )
-    if config.balance == "localized":
-        if not _is_number(config.balance_delta) or not 0.0 <= config.balance_delta < 1.0:
-            raise refuse("balance_delta", config.balance_delta, "at least 0 and below 1", "LoRAMoE uses 0.1.")
-        odd = [n for n in parse(config.num_experts, "num_experts") if n % 2]
-        if odd:
-            raise refuse(
-                "num_experts",
-                config.num_experts,
-                "even numbers with `balance` = 'localized', which splits the experts into two halves",
-                f"Change {odd[0]} to {odd[0] + 1}.",
-            )
+    def _check_router(self) -> None:
+        check_router(self)

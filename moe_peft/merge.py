@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from moe_peft.errors import nearest, refuse
 from moe_peft.routing import dense_weights, routing_dtype
 from moe_peft.saving import begin, put_in_place
+from moe_peft.tuners.layer import MoeTunerLayer
 from moe_peft.tuners.linear_moe import LinearMoeLinear, RoutedLora
 
 
@@ -41,13 +42,13 @@ class Factors(NamedTuple):
     B: Tensor
 
 
-def routed_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, LinearMoeLinear]:
+def routed_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, MoeTunerLayer]:
     """Module name -> layer, for every layer that holds the adapter; names as a stock PEFT checkpoint spells them."""
     prefix = "base_model.model."
     layers = {
         name.removeprefix(prefix): module
         for name, module in model.named_modules()
-        if isinstance(module, LinearMoeLinear) and module.holds(adapter_name)
+        if isinstance(module, MoeTunerLayer) and module.holds(adapter_name)
     }
     if not layers:
         raise ValueError(
@@ -63,10 +64,15 @@ def on_device(batch: Batch, model: nn.Module) -> Batch:
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
-def _check_mergeable(model: PeftModel, layers: dict[str, LinearMoeLinear], adapter_name: str) -> None:
+def _check_mergeable(model: PeftModel, layers: dict[str, MoeTunerLayer], adapter_name: str) -> None:
     """Refuse what a plain LoRA could not carry, before anything is computed."""
     if any(adapter_name not in layer.active_adapters for layer in layers.values()):
         raise ValueError(f"Adapter '{adapter_name}' is not active. Call `model.set_adapter('{adapter_name}')` first.")
+    if not all(isinstance(layer, LinearMoeLinear) for layer in layers.values()):
+        raise ValueError(
+            f"Adapter '{adapter_name}' is an FFN mixture. Its experts differ inside the non-linearity, which no LoRA on the "
+            "linears can follow. `moe-peft export --to moe` writes it exactly, as a stock MoE checkpoint."
+        )
     config = model.peft_config[adapter_name]
     for field in ("modules_to_save", "trainable_token_indices"):
         if getattr(config, field, None):
@@ -110,7 +116,7 @@ def hidden_gates_logits(experts: RoutedLora, tokens: Tensor) -> tuple[Tensor, Te
 
 
 @contextmanager
-def observing(model: nn.Module, layers: dict[str, LinearMoeLinear], adapter_name: str, see: Any) -> Iterator[None]:
+def observing(model: nn.Module, layers: dict[str, MoeTunerLayer], adapter_name: str, see: Any) -> Iterator[None]:
     """Call `see(name, experts, x, y, real)` for every layer in every forward pass, with padding masked."""
     handles = []
     context = next(iter(layers.values())).context
@@ -126,7 +132,7 @@ def observing(model: nn.Module, layers: dict[str, LinearMoeLinear], adapter_name
     context.recording = True
     model.eval()
     try:
-        handles = [hook(name, layer.linear_moe_experts[adapter_name]) for name, layer in layers.items()]
+        handles = [hook(name, layer.experts(adapter_name)) for name, layer in layers.items()]
         yield
     finally:
         for handle in handles:
@@ -162,7 +168,7 @@ def fit_static(
         raise refuse("rank", rank, "a whole number of at least 1, or None", "None keeps every direction.")
     layers = routed_layers(model, adapter_name)
     _check_mergeable(model, layers, adapter_name)
-    statistics = {name: _Statistics(layer.linear_moe_experts[adapter_name]) for name, layer in layers.items()}
+    statistics = {name: _Statistics(layer.experts(adapter_name)) for name, layer in layers.items()}
 
     def see(name: str, experts: RoutedLora, x: Tensor, y: Tensor, real: Tensor | None) -> None:
         statistics[name].add(experts, x, real)
@@ -173,8 +179,7 @@ def fit_static(
     if not all(s.tokens for s in statistics.values()):
         raise ValueError("The calibration text holds no token. Give at least a few sequences of the training mix.")
     return {
-        name: _solve(layer.linear_moe_experts[adapter_name], statistics[name], rank, method)
-        for name, layer in layers.items()
+        name: _solve(layer.experts(adapter_name), statistics[name], rank, method) for name, layer in layers.items()
     }
 
 

@@ -85,7 +85,7 @@ def routing_report(
         ValueError: if the model holds no such adapter, or none of its layers has a choice of experts.
     """
     layers = routed_layers(model, adapter_name)
-    experts = {name: layer.linear_moe_experts[adapter_name] for name, layer in layers.items()}
+    experts = {name: layer.experts(adapter_name) for name, layer in layers.items()}
     experts = {name: e for name, e in experts.items() if e.router is not None}
     if not experts:
         raise ValueError(

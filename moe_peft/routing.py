@@ -19,7 +19,8 @@ class Routing(NamedTuple):
     Attributes:
         router_logits: `[T, E]`, at least fp32.
         top_k_weights: `[T, K]`, same dtype as the logits; multiplies the expert's *output*.
-        top_k_index: `[T, K]` int64, no expert twice in a row; None means every expert in order (K == E).
+        top_k_index: `[T, K]` int64, no expert twice in a row; None means every expert in order (K == E). An index of E
+            is a slot that the token leaves empty, with weight 0 (`rules`).
     """
 
     router_logits: Tensor
@@ -91,11 +92,18 @@ def dense_weights(routing: Routing) -> Tensor:
     """The weights spread over all experts, `[T, E]`, zero where a token does not go."""
     if routing.top_k_index is None:
         return routing.top_k_weights
-    return torch.zeros_like(routing.router_logits).scatter(-1, routing.top_k_index, routing.top_k_weights)
+    return _spread(routing, routing.top_k_weights)
 
 
 def assignments(routing: Routing) -> Tensor:
     """How often each token chose each expert, `[T, E]` of 0 and 1 in the logits' dtype, without gradient."""
     if routing.top_k_index is None:
         return torch.ones_like(routing.router_logits)
-    return torch.zeros_like(routing.router_logits).scatter(-1, routing.top_k_index, 1.0)
+    return _spread(routing, torch.ones_like(routing.top_k_weights))
+
+
+def _spread(routing: Routing, values: Tensor) -> Tensor:
+    """Each slot's value in its expert's column, `[T, E]`. One column more takes those of empty slots and is cut off."""
+    tokens, num_experts = routing.router_logits.shape
+    assert routing.top_k_index is not None
+    return values.new_zeros(tokens, num_experts + 1).scatter_(-1, routing.top_k_index, values)[:, :num_experts]

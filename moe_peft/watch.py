@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_peft.attach import switch_step
-from moe_peft.tuners.linear_moe import RoutedLora
+from moe_peft.tuners.router import Router
 
 
 COLLAPSED = 0.9
@@ -45,14 +44,14 @@ class RouterWindow(NamedTuple):
     tokens: float
 
 
-def find_routers(model: nn.Module) -> dict[str, RoutedLora]:
+def find_routers(model: nn.Module) -> dict[str, Router]:
     """The modules of `model` that route, under the name of the layer that they are on.
 
     A layer's name is that of the base model; an adapter that is not called "default" is appended.
     """
-    routers: dict[str, RoutedLora] = {}
+    routers: dict[str, Router] = {}
     for name, module in model.named_modules():
-        if isinstance(module, RoutedLora) and module.num_experts > 1:
+        if isinstance(module, Router) and module.router is not None:
             wrappers = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
             parts = [part for part in name.split(".") if part not in wrappers]
             layer = ".".join(parts[:-2]).removeprefix("module.").removeprefix("base_model.model.")
@@ -61,9 +60,9 @@ def find_routers(model: nn.Module) -> dict[str, RoutedLora]:
 
 
 @torch.no_grad()
-def average_loads(routers: dict[str, RoutedLora]) -> None:
+def average_loads(routers: dict[str, Router]) -> None:
     """Make the load of every router its mean over the ranks, in one all-reduce; nothing in a single process."""
-    balanced = [router for router in routers.values() if router.gradient is switch_step]
+    balanced = [router for router in routers.values() if router.balances_load]
     if not balanced or not _world_size():
         return
     device = device_of(balanced[0])
@@ -77,7 +76,7 @@ def average_loads(routers: dict[str, RoutedLora]) -> None:
 
 
 @torch.no_grad()
-def read_windows(routers: dict[str, RoutedLora]) -> dict[str, RouterWindow]:
+def read_windows(routers: dict[str, Router]) -> dict[str, RouterWindow]:
     """What each router saw since its sums were last reset, summed over the ranks; those that saw nothing are left out."""
     if not routers:
         return {}
@@ -120,7 +119,7 @@ def _or_zeros(value: Tensor | None, size: int, device: torch.device) -> Tensor:
     return value.detach().reshape(size).to(device, torch.float32)
 
 
-def device_of(router: RoutedLora) -> torch.device:
+def device_of(router: Router) -> torch.device:
     """Where the router's state is, or will be."""
     seen = router.state.counts if router.state.load is None else router.state.load
     return next(router.parameters()).device if seen is None else seen.device

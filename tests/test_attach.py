@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ from conftest import make_tiny_llama
 from peft import get_peft_model
 from torch import nn
 
-from moe_peft import LinearMoeConfig, TaskTypeCollator
+from moe_peft import LinearMoeConfig, TaskTypeCollator, attach, context
 from moe_peft.attach import RouterState, RoutingContext, balanced, set_aux_scale, switch_step
 from moe_peft.balance import LOAD_WINDOW, localized_loss, switch_loss
 from moe_peft.masks import real_from_mask
 from moe_peft.routing import softmax_top_k
-from moe_peft.tuners import linear_moe
+from moe_peft.tuners import router as router_module
 from moe_peft.watch import find_routers
 
 
@@ -23,13 +24,6 @@ COEF = 0.1
 MODES = ("none", "reentrant", "non-reentrant")
 PINNED = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
 LOCALIZED = {"routing": "softmax", "balance": "localized", "balance_delta": 0.3}
-
-
-@pytest.fixture(autouse=True)
-def _scale_one():
-    set_aux_scale(1.0)
-    yield
-    set_aux_scale(1.0)
 
 
 def make_model(mode="none", base=None, targets=("q_proj", "up_proj"), **settings):
@@ -69,12 +63,12 @@ def explicit(monkeypatch, batches, aux, **settings):
     """Gradients of `sum of task losses + COEF * sum of aux`, with the injection replaced by a note of the logits."""
     seen = []
 
-    def noted(logits, state, rule, top_k, coef, gradient, real, task_types):
+    def noted(logits, state, rule, top_k, coef, gradient, real, task_types, context):
         seen.append((rule(logits, top_k), real, task_types))
         return logits
 
     with monkeypatch.context() as patch:
-        patch.setattr(linear_moe, "balanced", noted)
+        patch.setattr(router_module, "balanced", noted)
         model = make_model(**settings)
         torch.manual_seed(3)  # of the dropout
         loss = sum(model(**batch).loss for batch in batches) + COEF * sum(aux(*item) for item in seen)
@@ -149,6 +143,42 @@ def test_accumulation_averages_the_balance_loss(monkeypatch):
     assert largest_difference(gradients(model), mean) <= 1e-12
 
 
+def test_a_scale_is_set_for_every_model_or_for_one():
+    model, other = make_model(), make_model()
+    set_aux_scale(0.5)
+    set_aux_scale(0.25, model)
+    assert (context_of(model).scale, context_of(other).scale) == (0.25, 0.5)
+    assert context_of(make_model()).scale == 1  # made later
+    assert context_of(copy.deepcopy(model)).scale == 0.25
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_counts_on_its_own(copied):
+    model, batch = make_model(), padded()
+    model(**batch).loss.backward()
+    twin = copied(model)
+    twin.zero_grad()
+    before = {name: router.state.counts.clone() for name, router in find_routers(model).items()}
+    twin(**batch).loss.backward()
+    for (name, router), other in zip(find_routers(model).items(), find_routers(twin).values(), strict=True):
+        assert torch.equal(router.state.counts, before[name])
+        assert torch.equal(other.state.counts, 2 * before[name])
+        assert int(router.state.number) != int(other.state.number)
+        assert attach._states[int(other.state.number)] is other.state
+
+
+def test_a_model_that_is_gone_leaves_no_state_behind():
+    gc.collect()
+    before = len(attach._states), len(context._live)
+    model = make_model()
+    model(**padded()).loss.backward()
+    twin = copy.deepcopy(model)
+    assert (len(attach._states), len(context._live)) == (before[0] + 8, before[1] + 2)
+    del model, twin
+    gc.collect()
+    assert (len(attach._states), len(context._live)) == before
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_micro_batch_is_counted_once(mode):
     model, batch = make_model(mode), padded(left=3)
@@ -206,7 +236,9 @@ def test_the_sums_are_those_of_the_definition():
     real = torch.arange(20) % 3 != 0
     state = RouterState()
     for _ in range(2):
-        balanced(logits.requires_grad_(), state, softmax_top_k, 2, 0.0, None, real, None).sum().backward()
+        balanced(
+            logits.requires_grad_(), state, softmax_top_k, 2, 0.0, None, real, None, RoutingContext()
+        ).sum().backward()
     probabilities = logits.detach().softmax(-1)[real]
     torch.testing.assert_close(state.probability, 2 * probabilities.sum(0))
     torch.testing.assert_close(state.entropy, -2 * (probabilities * probabilities.log()).sum())
@@ -219,10 +251,10 @@ def test_the_sums_are_those_of_the_definition():
 
 def test_the_load_is_taken_over_a_window_of_micro_batches():
     generator = torch.Generator().manual_seed(0)
-    state, expected = RouterState(), torch.zeros(4, dtype=torch.float64)
+    state, expected, context = RouterState(), torch.zeros(4, dtype=torch.float64), RoutingContext()
     for _ in range(30):
         logits = torch.randn(8, 4, dtype=torch.float64, generator=generator).requires_grad_()
-        balanced(logits, state, softmax_top_k, 2, 1.0, switch_step, None, None).sum().backward()
+        balanced(logits, state, softmax_top_k, 2, 1.0, switch_step, None, None, context).sum().backward()
         counts = logits.detach().topk(2).indices.flatten().bincount(minlength=4)
         expected = expected * (1 - 1 / LOAD_WINDOW) + counts
         weight = logits.detach().requires_grad_()

@@ -16,14 +16,20 @@ from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, trainer
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from moe_peft import LinearMoeConfig, MoeCallback, attach
+from moe_peft import LinearMoeConfig, MoeCallback
 from moe_peft.callbacks import AutomaticMoeCallback, install
+from moe_peft.context import set_aux_scale
+from moe_peft.routing import Routing
 from moe_peft.watch import collapse, find_routers, read_windows
 
 
 def routed(targets=("q_proj", "up_proj"), **settings):
     config = LinearMoeConfig(num_experts=4, target_modules=list(targets), **settings)
     return get_peft_model(make_tiny_llama(layers=2), config)
+
+
+def context_of(model):
+    return next(layer.context for layer in model.modules() if hasattr(layer, "context"))
 
 
 ROWS = [{"input_ids": list(range(i + 1, i + 9)), "labels": list(range(i + 1, i + 9))} for i in range(16)]
@@ -125,13 +131,20 @@ def test_evaluation_is_neither_counted_nor_logged(tmp_path):
     assert callbacks_of(t)[0].history == callbacks_of(quiet)[0].history
 
 
+def see(state, weights, probabilities, tokens=100):
+    """As many equal tokens, of a dense routing, so that a load need not be a whole number."""
+    rows = [torch.tensor(values, dtype=torch.float64).expand(tokens, -1) for values in (weights, probabilities)]
+    state.observe(Routing(rows[1].log(), rows[0], None), None)
+
+
+PROBABILITIES = [0.1, 0.2, 0.65, 0.05]
+
+
 def known_windows(model):
-    """Two routers with states made by hand; the others saw nothing."""
+    """Two routers that saw tokens made by hand; the others saw nothing."""
     first, second, *_ = (router.state for router in find_routers(model).values())
-    first.counts, first.tokens = torch.tensor([50.0, 50.0, 50.0, 50.0]), torch.tensor(100.0)
-    first.probability, first.entropy = torch.tensor([25.0] * 4), torch.tensor(100 * math.log(4))
-    second.counts, second.tokens = torch.tensor([60.0, 60.0, 79.75, 0.25]), torch.tensor(100.0)
-    second.probability, second.entropy = torch.tensor([10.0, 20.0, 70.0, 0.0]), torch.tensor(50 * math.log(4))
+    see(first, [0.5, 0.5, 0.5, 0.5], [0.25] * 4)
+    see(second, [0.6, 0.6, 0.7975, 0.0025], PROBABILITIES)
 
 
 def test_the_values_are_those_of_the_definitions():
@@ -142,10 +155,13 @@ def test_the_values_are_those_of_the_definitions():
     state = TrainerState(stateful_callbacks=[], global_step=7, log_history=[{"loss": 1.0, "step": 7}])
     logs = {"loss": 1.0}
     event(callback, "on_log", model, state=state, logs=logs)
-    assert logs["router/entropy"] == pytest.approx(0.75)
+    entropy = -sum(p * math.log(p) for p in PROBABILITIES)
+    assert logs["router/entropy"] == pytest.approx((1 + entropy / math.log(4)) / 2)
     assert logs["router/max_load"] == pytest.approx(4 * 79.75 / 200)
     assert logs["router/dead_experts"] == 1  # 0.25 of 200 slots is half a percent of an even share, 50
-    assert logs["router/balance_loss"] == pytest.approx((1 + 4 * (0.3 * 0.1 + 0.3 * 0.2 + 0.39875 * 0.7)) / 2)
+    assert logs["router/balance_loss"] == pytest.approx(
+        (1 + 4 * (0.3 * 0.1 + 0.3 * 0.2 + 0.39875 * 0.65 + 0.00125 * 0.05)) / 2
+    )
     assert state.log_history[-1] == {**logs, "step": 7}
     assert callback.history[0]["load"] == {
         "model.layers.0.self_attn.q_proj": [0.25] * 4,
@@ -180,12 +196,12 @@ def test_the_scale_is_that_of_the_trainer_and_its_scaler():
     args = SimpleNamespace(gradient_accumulation_steps=4)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     event(callback, "on_step_begin", model, args, optimizer=SimpleNamespace(scaler=scaler))
-    assert float(attach._aux_scale) == 256
+    assert context_of(model).scale == 256
     off = torch.amp.GradScaler("cpu", enabled=False)
     event(callback, "on_step_begin", model, args, optimizer=SimpleNamespace(scaler=off))
-    assert float(attach._aux_scale) == 0.25
+    assert context_of(model).scale == 0.25
     event(callback, "on_train_end", model)
-    assert float(attach._aux_scale) == 1
+    assert context_of(model).scale == 1
 
 
 @pytest.mark.parametrize(
@@ -199,13 +215,13 @@ def test_the_scale_knows_how_the_epoch_ends(batches, expected):
     for step, accumulated in enumerate(expected):
         state = TrainerState(stateful_callbacks=[], global_step=step)
         event(callback, "on_step_begin", model, args, state, train_dataloader=range(batches))
-        assert float(attach._aux_scale) == pytest.approx(1 / accumulated)
+        assert context_of(model).scale == pytest.approx(1 / accumulated)
     event(callback, "on_train_end", model)
 
 
 def test_watching_lasts_as_long_as_training(tmp_path):
     model = routed(balance="none")
-    context = next(layer.context for layer in model.modules() if hasattr(layer, "context"))
+    context = context_of(model)
     watched = []
 
     class Look(TrainerCallback):
@@ -217,6 +233,62 @@ def test_watching_lasts_as_long_as_training(tmp_path):
     assert watched == [True] * 3
     assert not context.watching
     assert all("router/max_load" in e for e in t.state.log_history if "loss" in e)  # with no balance loss either
+
+
+class Stop(TrainerCallback):
+    """An error in the middle of a step, which no other callback hears of."""
+
+    def on_substep_end(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+
+def stopped(tmp_path):
+    """A model whose trainer was stopped between two micro-batches of four; the trainer as well, which lives on."""
+    model = routed(router_aux_loss_coef=1.0)
+    t = make_trainer(model, tmp_path, [Stop()], gradient_accumulation_steps=4)
+    with pytest.raises(KeyboardInterrupt):
+        t.train()
+    assert (context_of(model).scale, context_of(model).watching) == (0.25, True)
+    model.zero_grad()
+    return model, t
+
+
+def balance_gradients(model):
+    tokens = torch.arange(1, 17).view(2, 8)
+    model.train()(tokens, labels=tokens).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if name.endswith("router")}
+
+
+def test_the_scale_of_a_trainer_that_was_stopped_ends_with_it(tmp_path):
+    model, trainer = stopped(tmp_path)
+    fresh = copy.deepcopy(model)  # a copy belongs to no trainer
+    assert (context_of(fresh).scale, context_of(fresh).watching) == (1.0, False)
+    expected, found = balance_gradients(fresh), balance_gradients(model)
+    assert min(gradient.norm() for gradient in expected.values()) > 0
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert (context_of(model).scale, context_of(model).watching) == (1.0, False)
+
+
+def test_a_loop_of_ones_own_after_a_trainer_that_was_stopped_keeps_the_scale_it_sets(tmp_path):
+    model, trainer = stopped(tmp_path)
+    set_aux_scale(0.125)
+    balance_gradients(model)
+    assert context_of(model).scale == 0.125
+
+
+def test_a_trainer_goes_on_after_it_was_stopped(tmp_path):
+    model, trainer = stopped(tmp_path)
+    trainer.remove_callback(Stop)
+    scales = []
+
+    class Look(TrainerCallback):
+        def on_substep_end(self, *args, **kwargs):
+            scales.append(context_of(model).scale)
+
+    trainer.add_callback(Look())
+    trainer.train()
+    assert scales == [0.25] * 3 * 3
+    assert context_of(model).scale == 1
 
 
 def test_training_that_changes_nothing_is_refused():
@@ -313,7 +385,7 @@ def test_the_callback_keeps_no_model_alive(tmp_path):
     model = routed()
     t = make_trainer(model, tmp_path)
     t.train()
-    gone = weakref.ref(next(layer.context for layer in model.modules() if hasattr(layer, "context")))
+    gone = weakref.ref(context_of(model))
     copied = copy.deepcopy(model)
     del model, t
     gc.collect()
@@ -341,19 +413,15 @@ def test_a_collapsed_router_is_named_once():
     callback = MoeCallback()
     event(callback, "on_train_begin", model)
     state = find_routers(model)["model.layers.1.mlp.up_proj"].state
-
-    def fill(tokens):
-        state.counts, state.tokens = torch.tensor([1.0, 1.0, 0.0, 0.0]) * tokens, torch.tensor(float(tokens))
-        state.probability, state.entropy = torch.tensor([0.5, 0.5, 0.0, 0.0]) * tokens, torch.tensor(float(tokens))
-
-    fill(399)  # fewer than 100 per expert
+    collapsed = [1.0, 1.0, 0.0, 0.0], [0.25] * 4
+    see(state, *collapsed, tokens=399)  # fewer than 100 per expert
     event(callback, "on_log", model, logs={"loss": 1.0})
-    fill(400)
+    see(state, *collapsed, tokens=400)
     with pytest.warns(
         UserWarning, match=r"1 of 1 routers have collapsed.*model\.layers\.1\.mlp\.up_proj.*0\.50, 0\.50, 0\.00"
     ):
         event(callback, "on_log", model, logs={"loss": 1.0})
-    fill(400)
+    see(state, *collapsed, tokens=400)
     event(callback, "on_log", model, logs={"loss": 1.0})  # a warning would be an error here
 
 

@@ -8,10 +8,23 @@ import pytest
 import torch
 from conftest import make_tiny_llama
 from peft import PeftConfig, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
-from moe_peft import LinearMoeConfig
+from moe_peft import LinearMoeConfig, registration
+from moe_peft.config import FfnMoeConfig
+from moe_peft.routing import ROUTING_RULES
+from moe_peft.rules import ROUTING_RULES as EVERY_RULE
 from moe_peft.tuners.base import MoeTunerLayer
+
+
+registration.reserve("ffn_moe")
+
+
+@pytest.fixture
+def known_to_peft(monkeypatch):
+    """PEFT finds the class of a file by its type."""
+    monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, "FFN_MOE", FfnMoeConfig)
 
 
 def refusal(field: str, value: object, allowed: str, remedy: str) -> str:
@@ -40,6 +53,52 @@ def refusal(field: str, value: object, allowed: str, remedy: str) -> str:
 def test_what_is_left_out_follows_from_the_rest(given, filled_in):
     config = LinearMoeConfig(**given)
     assert {name: getattr(config, name) for name in filled_in} == filled_in
+
+
+@pytest.mark.parametrize(
+    ("given", "filled_in"),
+    [
+        (
+            {},
+            {
+                "top_k": 2,
+                "balance": "switch",
+                "top_p": None,
+                "num_null_experts": 0,
+                "router_z_loss_coef": 0.0,
+                "router_jitter_noise": 0.0,
+                "router_bias": False,
+                "peft_type": "FFN_MOE",
+            },
+        ),
+        ({"routing": "top_p"}, {"top_p": 0.8, "top_k": None, "balance": "switch"}),
+        ({"routing": "top_p", "top_p": 1, "top_k": 1}, {"top_p": 1, "top_k": 1}),
+        ({"routing": "top_p", "num_experts": "2:4", "top_k": 4}, {"top_k": 4}),
+        ({"routing": "top_p", "balance": "none"}, {"balance": "none"}),
+        ({"routing": "sigmoid_top_k"}, {"top_k": 2, "balance": "switch", "top_p": None}),
+        ({"routing": "sigmoid_top_k", "num_experts": 1}, {"top_k": 1}),
+        ({"routing": "softmax"}, {"top_k": None, "balance": "none"}),
+        ({"routing": "softmax", "balance": "localized"}, {"balance": "localized"}),
+        ({"routing": "top_1_hard"}, {"top_k": None, "balance": "switch"}),
+        ({"routing": "top_1_straight_through", "top_k": 1, "balance": "none"}, {"top_k": 1, "balance": "none"}),
+        ({"num_experts": 4, "num_null_experts": 8, "top_k": 6}, {"top_k": 6}),
+        ({"num_experts": 2, "num_null_experts": 1}, {"top_k": 2}),
+        ({"router_z_loss_coef": 0.001, "routing": "softmax"}, {"router_z_loss_coef": 0.001}),
+    ],
+)
+def test_what_is_left_out_follows_from_the_rest_for_blocks(given, filled_in):
+    config = FfnMoeConfig(**given)
+    assert {name: getattr(config, name) for name in filled_in} == filled_in
+
+
+@pytest.mark.parametrize(("config_class", "names"), [(LinearMoeConfig, ROUTING_RULES), (FfnMoeConfig, EVERY_RULE)])
+def test_each_type_has_its_rules(config_class, names):
+    for name in EVERY_RULE:
+        if name in names:
+            assert config_class(routing=name).routing == name
+        else:
+            with pytest.raises(ValueError, match=refusal("routing", name, "one of 'softmax_top_k', ", "FfnMoeConfig")):
+                config_class(routing=name)
 
 
 def test_a_list_of_targets_stays_the_users():
@@ -99,6 +158,42 @@ def test_every_field_survives_json(tmp_path, field):
         value = getattr(loaded, field)
         assert value == (set(OTHER_VALUES[field]) if isinstance(value, set) else OTHER_VALUES[field])
         assert type(value) is type(getattr(config, field))
+
+
+OTHER_VALUES_OF_BLOCKS = {
+    "top_p": 0.5,
+    "num_null_experts": 3,
+    "router_z_loss_coef": 0.01,
+    "router_jitter_noise": 0.1,
+    "router_bias": True,
+}
+
+
+def test_the_table_of_blocks_knows_every_further_field():
+    fields = {field.name: field.default for field in dataclasses.fields(FfnMoeConfig)}
+    assert OTHER_VALUES_OF_BLOCKS.keys() == fields.keys() - OTHER_VALUES.keys()
+    assert [name for name, value in OTHER_VALUES_OF_BLOCKS.items() if fields[name] == value] == []
+
+
+@pytest.mark.parametrize("field", [*OTHER_VALUES, *OTHER_VALUES_OF_BLOCKS])
+def test_every_field_of_blocks_survives_json(tmp_path, field, known_to_peft):
+    value = {**OTHER_VALUES, **OTHER_VALUES_OF_BLOCKS, "peft_type": "FFN_MOE", "routing": "top_1_hard"}[field]
+    needs = {**NEEDS, "top_p": {"routing": "top_p"}, "routing": {"balance": "switch"}}
+    config = FfnMoeConfig(**{field: value, **needs.get(field, {})})
+    config.save_pretrained(tmp_path)
+    for loaded in (PeftConfig.from_pretrained(tmp_path), FfnMoeConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is FfnMoeConfig
+        assert loaded == config
+        found = getattr(loaded, field)
+        assert found == (set(value) if isinstance(found, set) else value)
+        assert type(found) is type(getattr(config, field))
+
+
+@pytest.mark.parametrize("routing", EVERY_RULE)
+def test_what_was_filled_in_survives_json(tmp_path, routing, known_to_peft):
+    config = FfnMoeConfig(routing=routing)
+    config.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path) == config
 
 
 def test_a_changed_copy_is_checked_again():
@@ -164,7 +259,19 @@ REFUSALS = [
         {"num_experts": "2:4", "top_k": 3},
         refusal("top_k", 3, "at most 2, as `num_experts` = '2:4'", "raise the small"),
     ),
-    ({"num_experts": [1, 4]}, refusal("top_k", 2, r"at most 1, as `num_experts` = \[1, 4\]", "raise the smallest")),
+    (
+        {"num_experts": [1, 4], "top_k": 2},
+        refusal("top_k", 2, r"at most 1, as `num_experts` = \[1, 4\]", "has: raise the smallest"),
+    ),
+    *(
+        (
+            {"num_experts": experts},
+            refusal(
+                "num_experts", experts, "at least 2 in every layer .* `top_k` was not given", "'top_1' or 'softmax'"
+            ),
+        )
+        for experts in ([1, 4], "1:2:4")
+    ),
     ({"top_k": 1}, refusal("top_k", 1, "at least 2", "never train the router: use `routing` = 'top_1'")),
     ({"balance": "swich"}, refusal("balance", "swich", "one of 'switch'", "Did you mean 'switch'")),
     (
@@ -192,6 +299,134 @@ REFUSALS = [
 def test_a_wrong_value_is_refused(given, sentence):
     with pytest.raises(ValueError, match=sentence):
         LinearMoeConfig(**given)
+
+
+REFUSALS_OF_BLOCKS = [
+    *(
+        ({"routing": "top_p", "top_p": p}, refusal("top_p", p, "above 0 and at most 1", "MixLoRA uses 0.8"))
+        for p in [0, 1.01, *NUMBERS]
+        if p is not None
+    ),
+    *(
+        (
+            {"routing": rule, "top_p": 0.8},
+            refusal("top_p", 0.8, f"left out with `routing` = '{rule}'", "Remove `top_p`"),
+        )
+        for rule in EVERY_RULE
+        if rule != "top_p"
+    ),
+    *(
+        ({"routing": "top_p", "top_k": k}, refusal("top_k", k, "a whole number of at least 1", "2 is what"))
+        for k in (0, -1, 2.0, "2", True)
+    ),
+    (
+        {"routing": "top_p", "num_experts": "2:4", "top_k": 5},
+        refusal("top_k", 5, "at most 4, or left out, with `routing` = 'top_p'", "No layer has more"),
+    ),
+    *(
+        ({"routing": rule, "top_k": 2}, refusal("top_k", 2, f"left out .*'{rule}', .* one expert", "Remove `top_k`"))
+        for rule in ("top_1", "top_1_hard", "top_1_straight_through")
+    ),
+    ({"top_k": 1}, refusal("top_k", 1, "at least 2 with `routing` = 'softmax_top_k'", "use `routing` = 'top_1'")),
+    (
+        {"routing": "sigmoid_top_k", "top_k": 1},
+        refusal("top_k", 1, "at least 2 with `routing` = 'sigmoid_top_k'", "use `routing` = 'top_1_straight_through'"),
+    ),
+    (
+        {"routing": "sigmoid_top_k", "num_experts": 4, "top_k": 5},
+        refusal("top_k", 5, "at most 4, as `num_experts` = 4 gives", "lower `top_k` or"),
+    ),
+    (
+        {"routing": "sigmoid_top_k", "num_experts": "1:2"},
+        refusal("num_experts", "1:2", "at least 2 in every layer with `routing` = 'sigmoid_top_k'", "Raise"),
+    ),
+    *(
+        ({"num_null_experts": n}, refusal("num_null_experts", n, "a whole number of at least 0", "is common"))
+        for n in (-1, 1.0, True, "1", None)
+    ),
+    *(
+        (
+            {"routing": rule, "num_null_experts": 2},
+            refusal("num_null_experts", 2, f"0 with `routing` = '{rule}'", "set `routing` to 'softmax_top_k'"),
+        )
+        for rule in EVERY_RULE
+        if rule != "softmax_top_k"
+    ),
+    (
+        {"num_null_experts": 2, "num_experts": "1:4"},
+        refusal("num_null_experts", 2, "0 with `num_experts` = '1:4', which", "raise `num_experts` to at least 2"),
+    ),
+    *(
+        (
+            {"num_null_experts": 3, "num_experts": "2:4", "top_k": k},
+            refusal(
+                "top_k", k, "below 5, the sum of `num_null_experts` = 3 and of `num_experts` = '2:4'", "lower `top_k`"
+            ),
+        )
+        for k in (5, 9)
+    ),
+    (
+        {"num_null_experts": 3, "top_k": 1},
+        refusal("top_k", 1, "at least 2 with `routing` = 'softmax_top_k'", "use `routing` = 'top_1'"),
+    ),
+    *(({"router_z_loss_coef": x}, refusal("router_z_loss_coef", x, "at least 0", "0 turns it off")) for x in NUMBERS),
+    (
+        {"router_z_loss_coef": 0.1, "routing": "sigmoid_top_k"},
+        refusal(
+            "router_z_loss_coef", 0.1, "0 with `routing` = 'sigmoid_top_k'", "denominator of a softmax.* remove it"
+        ),
+    ),
+    *(
+        ({"router_jitter_noise": x}, refusal("router_jitter_noise", x, "at least 0 and below 1", "0 turns it off"))
+        for x in [1, 1.0, *NUMBERS]
+    ),
+    (
+        {"routing": "top_1_hard", "balance": "none"},
+        refusal(
+            "balance", "none", "'switch' with `routing` = 'top_1_hard'", "no gradient at all. 'top_1_straight_thro"
+        ),
+    ),
+    (
+        {"routing": "top_1_hard", "router_aux_loss_coef": 0},
+        refusal("router_aux_loss_coef", 0, "above 0 with `routing` = 'top_1_hard'", "no gradient at all"),
+    ),
+    *(
+        (
+            {"routing": rule, "balance": "localized"},
+            refusal("balance", "localized", f"'switch' or 'none' with `routing` = '{rule}'", "`routing` to 'softmax'"),
+        )
+        for rule in EVERY_RULE
+        if rule not in ("softmax", "top_1_hard")
+    ),
+    (
+        {"routing": "top_1_hard", "balance": "localized"},
+        refusal("balance", "localized", "'switch' with `routing` = 'top_1_hard'", "`routing` to 'softmax'"),
+    ),
+    (
+        {"routing": "softmax", "balance": "switch"},
+        refusal("balance", "switch", "'localized' or 'none'", "is constant"),
+    ),
+    ({"routing": "top_q"}, refusal("routing", "top_q", "one of 'softmax_top_k', ", "Did you mean 'top_p'")),
+    (
+        {"routing": "softmx_top_k", "num_null_experts": 2},
+        refusal("routing", "softmx_top_k", "one of", "softmax_top_k'"),
+    ),
+    ({"num_null": 2}, "`num_null` is not a field of FfnMoeConfig. Did you mean 'num_null_experts'?"),
+]
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"), REFUSALS_OF_BLOCKS, ids=[str(given) for given, _ in REFUSALS_OF_BLOCKS]
+)
+def test_a_wrong_value_for_blocks_is_refused(given, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        FfnMoeConfig(**given)
+
+
+@pytest.mark.parametrize("field", OTHER_VALUES_OF_BLOCKS)
+def test_what_belongs_to_blocks_is_no_field_of_linear_layers(field):
+    with pytest.raises(ValueError, match=f"`{field}` is not a field of LinearMoeConfig"):
+        LinearMoeConfig(**{field: OTHER_VALUES_OF_BLOCKS[field]})
 
 
 @pytest.mark.parametrize(

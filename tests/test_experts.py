@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_peft.experts import experts_out, lora_experts_naive, stacked_in
-from moe_peft.routing import ROUTING_RULES, Routing, with_shared
+from moe_peft.experts import experts_decoded, experts_out, lora_experts_naive, stacked_in
+from moe_peft.routing import ROUTING_RULES, Routing, dense_weights, with_shared
 
 
 D_IN, D_OUT, SCALE = 20, 12, 1.5
@@ -68,6 +68,18 @@ def test_the_fast_path_is_the_definition_in_value_and_every_gradient(tokens, exp
     assert_equal_up_to(
         1e-12, output_and_gradients(fast, inputs, rule, top_k), output_and_gradients(naive, inputs, rule, top_k)
     )
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 8])
+@pytest.mark.parametrize(("experts", "top_k", "rule"), SIZES)
+@torch.no_grad()
+def test_decoding_is_the_definition(tokens, experts, top_k, rule):
+    x, lora_A, lora_B, router, y = inputs = make_inputs(tokens, experts, 3)
+    before = y.clone()
+    gates = dense_weights(ROUTING_RULES[rule](x @ router.T, top_k))
+    got = experts_decoded(y, x, lora_A, lora_B, gates, SCALE)
+    assert_equal_up_to(1e-12, [got], [naive(inputs, rule, top_k)])
+    assert torch.equal(y, before)
 
 
 @pytest.mark.parametrize(("rule", "top_k"), [("softmax_top_k", 2), ("softmax", 3), ("top_1", 1)])

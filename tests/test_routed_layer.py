@@ -1,5 +1,6 @@
 """One routed layer as a trainer uses it: any shape and dtype, autocast, decoding, checkpoints, `torch.compile`, a GPU."""
 
+import copy
 import shutil
 
 import pytest
@@ -14,6 +15,8 @@ from moe_peft.tuners.linear_moe import LinearMoeLinear
 
 
 D_IN, D_OUT = 20, 12
+
+NEEDS_A_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 
 
 def assert_equal_up_to(tolerance: float, got: list[Tensor], wanted: list[Tensor]) -> None:
@@ -93,8 +96,11 @@ def test_an_adapter_in_fp32_on_a_layer_in_bf16_rounds_once_at_the_end():
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 40])
-def test_decoding_gives_what_training_gives(tokens):
-    layer = make_layer(torch.float64).eval()
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_shared_experts": 2}, {"router_scale": 3.0}, {"routing": "softmax"}], ids=str
+)
+def test_decoding_gives_what_training_gives(tokens, settings):
+    layer = make_layer(torch.float64, **settings).eval()
     x = torch.randn(1, tokens, D_IN, dtype=torch.float64)
     with_gradient = layer(x)
     with torch.no_grad():
@@ -190,6 +196,46 @@ def test_a_training_step_compiles_to_one_graph_for_all_lengths(settings):
     assert compiled_and_eager("aot_eager", **settings) <= 2
 
 
+LOCALIZED = {"routing": "softmax", "balance": "localized", "balance_delta": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("backend", "settings"),
+    [
+        ("aot_eager", {}),
+        ("aot_eager", {"balance": "none"}),
+        ("aot_eager", LOCALIZED),
+        ("aot_eager", {**LOCALIZED, "routing": "softmax_top_k"}),
+        pytest.param("inductor", {}, marks=NEEDS_A_COMPILER),
+    ],
+    ids=["switch", "watched", "localized", "localized_top_2", "inductor"],
+)
+def test_balancing_compiles_to_one_graph_and_counts_alike(backend, settings):
+    """The same gradients, counts and loads as without the compiler; a new scale builds no new graph."""
+    torch._dynamo.reset()
+    eager = make_layer(torch.float64, router_aux_loss_coef=0.5, **settings).train()
+    eager.context.watching = True
+    layer = copy.deepcopy(eager)
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for length, scale in ((16, 1.0), (24, 1.0), (7, 0.25), (33, 0.25)):
+        x, cotangent = (torch.randn(2, length, width, dtype=torch.float64) for width in (D_IN, D_OUT))
+        real, task_types = torch.rand(2, length) < 0.7, torch.tensor([0, 1])
+        for one, run in ((eager, eager), (layer, compiled)):
+            one.zero_grad()
+            one.context.real, one.context.task_types, one.context.scale = real, task_types, scale
+            run(x).backward(cotangent)
+        states = [one.linear_moe_experts["default"].state for one in (layer, eager)]
+        seen = [
+            [s.counts, s.probability, s.entropy, s.tokens] + ([s.load] if "balance" not in settings else [])
+            for s in states
+        ]
+        grads = [[p.grad for p in one.linear_moe_experts.parameters()] for one in (layer, eager)]
+        assert_equal_up_to(1e-12, grads[0] + seen[0], grads[1] + seen[1])
+        assert int(states[0].tokens) > 0
+    assert counter.frame_count <= 2  # one for the first length, one for every other
+
+
 def test_a_training_step_with_dropout_compiles_without_a_break():
     torch._dynamo.reset()
     layer = make_layer(lora_dropout=0.2).train()
@@ -197,7 +243,7 @@ def test_a_training_step_with_dropout_compiles_without_a_break():
     assert layer.linear_moe_experts["default"].lora_A.grad.any()
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@NEEDS_A_COMPILER
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inductor_agrees_with_eager(dtype):
     assert compiled_and_eager("inductor", dtype) <= 2

@@ -12,15 +12,20 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from moe_peft.attach import BalanceGradient, RouterState, RoutingContext, balanced, localized_step, switch_step
+from moe_peft.attach import RoutingContext
 from moe_peft.config import LinearMoeConfig, MoeConfig
-from moe_peft.experts import experts_out, stacked_in
-from moe_peft.routing import DENSE_RULES, ROUTING_RULES, routing_dtype, with_shared
+from moe_peft.experts import experts_decoded, experts_out, stacked_in
+from moe_peft.routing import ROUTING_RULES, dense_weights, with_shared
 from moe_peft.tuners.base import MoeTuner, MoeTunerLayer
+from moe_peft.tuners.router import Router, compute_dtype, scaling
+
+
+FEW_TOKENS = 32
+"""Up to so many, a pass without gradient takes the shortest way rather than that of the least traffic."""
 
 
 @final
-class RoutedLora(nn.Module):
+class RoutedLora(Router):
     """One adapter on one linear layer: its router and experts. A leaf whose own forward consumes its weights.
 
     Parameters, all of one dtype (FSDP2 asks for that; routing is computed in fp32 all the same):
@@ -30,23 +35,11 @@ class RoutedLora(nn.Module):
 
     def __init__(self, config: MoeConfig, d_in: int, d_out: int, num_experts: int, r: int) -> None:
         super().__init__()
-        self.num_experts, self.num_shared, self.r = num_experts, config.num_shared_experts, r
-        stacked = num_experts + self.num_shared
-        self.lora_A = nn.Parameter(torch.empty(stacked, r, d_in))
-        self.lora_B = nn.Parameter(torch.empty(stacked, r, d_out))
-        self.router = nn.Parameter(torch.empty(num_experts, d_in)) if num_experts > 1 else None
-        self.scaling = config.lora_alpha / (math.sqrt(r) if config.use_rslora else r)
-        self.dropout = config.lora_dropout
-        self.rule = ROUTING_RULES[config.routing]
-        self.top_k = num_experts if config.routing in DENSE_RULES else min(config.top_k or 1, num_experts)
-        self.router_scale = config.router_scale
-        self.coef = config.router_aux_loss_coef if config.balance != "none" else 0.0
-        self.gradient: BalanceGradient | None = None
-        if config.balance == "switch":
-            self.gradient = switch_step
-        elif config.balance == "localized":
-            self.gradient = localized_step(config.balance_delta)
-        self.state = RouterState()
+        self.num_shared, self.r = config.num_shared_experts, r
+        self.lora_A = nn.Parameter(torch.empty(num_experts + self.num_shared, r, d_in))
+        self.lora_B = nn.Parameter(torch.empty(num_experts + self.num_shared, r, d_out))
+        self.scaling, self.dropout = scaling(config, r), config.lora_dropout
+        self.set_up_router(config, num_experts, d_in, ROUTING_RULES[config.routing])
         self.reset_parameters(config)
 
     def reset_parameters(self, config: MoeConfig) -> None:
@@ -54,14 +47,7 @@ class RoutedLora(nn.Module):
         for expert in self.lora_A:
             nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B) if config.init_weights else nn.init.normal_(self.lora_B, std=0.02)
-        if self.router is None:
-            return
-        if config.router_init_std is None:
-            # Divided, so that the logits start the same whatever the scale: it changes how fast they move, no more.
-            bound = 1 / (self.router_scale * math.sqrt(self.router.shape[1]))
-            nn.init.uniform_(self.router, -bound, bound)
-        else:
-            nn.init.normal_(self.router, std=config.router_init_std)
+        self.reset_router(config)
 
     @property
     def weight(self) -> Tensor:
@@ -75,29 +61,31 @@ class RoutedLora(nn.Module):
             x: `[*, d_in]`; cast to the adapter's dtype, or to autocast's.
             y: `[*, d_out]`, the frozen layer's output; its shape and dtype are those of the result.
         """
-        dtype = _compute_dtype(x, self.lora_A)
+        dtype = compute_dtype(x, self.lora_A)
         if self.router is None:
             hidden = self.lora_A.flatten(0, 1).to(dtype) @ self._dropped(x.reshape(-1, x.shape[-1]).to(dtype)).T
             weights = hidden.new_ones(hidden.shape[1], 1 + self.num_shared)
             return self._added(y, hidden, weights, None)
-        hidden, logits = self._hidden_and_logits(x, dtype)
-        logits = logits.to(routing_dtype(dtype))
-        if self.router_scale != 1.0:
-            logits = logits * self.router_scale
-        logits = self._observed(logits, context)
-        routing = with_shared(self.rule(logits, self.top_k), self.num_shared)
+        # Training without gradient is the first pass of re-entrant checkpointing: it must round as the second one does.
+        if not (self.training or torch.is_grad_enabled()) and x.numel() <= FEW_TOKENS * x.shape[-1]:
+            return self._decoded(x, y, context, dtype)
+        dropout = self.dropout if self.training else 0.0
+        hidden, logits = stacked_in(x, self.lora_A.to(dtype), self.router.to(dtype), dropout)
+        routing = with_shared(self.routed(logits, context), self.num_shared)
         return self._added(y, hidden, routing.top_k_weights, routing.top_k_index)
 
-    def _hidden_and_logits(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`(hidden [n, T], logits [T, E])`."""
-        A, R = self.lora_A, self.router
+    def _decoded(self, x: Tensor, y: Tensor, context: RoutingContext, dtype: torch.dtype) -> Tensor:
+        """`forward` for a few tokens without gradient: reading x twice is cheaper than stacking the weights."""
+        A, B, R = self.lora_A, self.lora_B, self.router
         assert R is not None
-        # Training without gradient is the first pass of re-entrant checkpointing: it must round as the second one does.
-        if self.training or torch.is_grad_enabled() or x.shape[:-1].numel() > 32:
-            return stacked_in(x, A.to(dtype), R.to(dtype), self.dropout if self.training else 0.0)
-        # For the few tokens of a decoding step, reading x twice is cheaper than copying the weights into one stack.
+        if A.dtype != dtype:
+            A, B, R = A.to(dtype), B.to(dtype), R.to(dtype)
         tokens = x.reshape(-1, x.shape[-1]).to(dtype)
-        return nn.functional.linear(tokens, A.flatten(0, 1).to(dtype)).T, nn.functional.linear(tokens, R.to(dtype))
+        routing = self.routed(nn.functional.linear(tokens, R), context)
+        gates = dense_weights(routing).to(dtype)
+        if self.num_shared:
+            gates = torch.cat((gates, gates.new_ones(gates.shape[0], self.num_shared)), dim=1)
+        return experts_decoded(y.reshape(-1, y.shape[-1]), tokens, A, B, gates, self.scaling).view(y.shape)
 
     def _added(self, y: Tensor, hidden: Tensor, weights: Tensor, index: Tensor | None) -> Tensor:
         """`y` plus the weighted experts' output for `hidden [n, T]`."""
@@ -107,26 +95,6 @@ class RoutedLora(nn.Module):
 
     def _dropped(self, x: Tensor) -> Tensor:
         return nn.functional.dropout(x, self.dropout) if self.training and self.dropout else x
-
-    def _observed(self, logits: Tensor, context: RoutingContext) -> Tensor:
-        """The logits, with the balance gradient attached in training and counted where somebody watches."""
-        if self.training and torch.is_grad_enabled():
-            if not (self.coef or context.watching):
-                return logits
-            real = context.real_tokens(logits.shape[0])
-            typed = self.coef and self.gradient not in (None, switch_step)
-            task_types = context.required_task_types() if typed else None
-            return balanced(logits, self.state, self.rule, self.top_k, self.coef, self.gradient, real, task_types)
-        if context.recording:
-            routing = self.rule(logits, self.top_k)
-            self.state.observe(routing, context.real_tokens(logits.shape[0]))
-        return logits
-
-
-def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    if torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return weight.dtype
 
 
 @final
@@ -153,23 +121,13 @@ class LinearMoeLinear(MoeTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def holds(self, adapter_name: str) -> bool:
-        return adapter_name in self.linear_moe_experts
+        return adapter_name in self.r  # read faster than the module itself, and PEFT keeps both
 
     def add_experts_output(self, x: Tensor, y: Tensor, adapter_name: str) -> Tensor:
         return self.linear_moe_experts[adapter_name](x, y, self.context)
 
     def is_static(self, adapter_name: str) -> bool:
         return self.num_experts.get(adapter_name, 1) == 1
-
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
-        experts = self.linear_moe_experts[adapter_name]
-        if not self.is_static(adapter_name):
-            raise ValueError(f"Adapter '{adapter_name}' is routed: its delta depends on the token.")
-        A, B = (factor.flatten(0, 1).to(routing_dtype(factor.dtype)) for factor in (experts.lora_A, experts.lora_B))
-        delta = experts.scaling * (B.T @ A)
-        if type(self.get_base_layer()).__name__ == "Conv1D":
-            delta = delta.T
-        return delta.to(self.get_base_weight().dtype)
 
 
 class LinearMoeModel(MoeTuner):
