@@ -164,7 +164,7 @@ def _read_config(path: Path, overrides: dict[str, Any]) -> PeftConfig:
     # A saved adapter is marked for inference and carries its base model's name; both are the trainer's to say.
     if "routing" in overrides or "num_experts" in overrides:
         # What follows from them is decided anew, not held against a value that the user never wrote.
-        for dependent in ("top_k", "balance"):
+        for dependent in ("top_k", "balance", "top_p"):
             if dependent not in overrides and not _allowed(config_class, {**settings, **overrides}):
                 settings.pop(dependent, None)
     settings.update(inference_mode=False, **overrides)

@@ -220,10 +220,13 @@ def print_next(console: Console, settings: Settings) -> None:
     if hasattr(settings.source.config, "routing"):
         arguments = settings.arguments
         data = shlex.quote(arguments.dataset + (f"#{arguments.split}" if arguments.split != "train" else ""))
-        console.print("Next, look into its routers, or fit one plain LoRA to it:")
+        exact = settings.source.config.peft_type == "FFN_MOE"
+        then = "write it as a stock MoE checkpoint" if exact else "fit one plain LoRA to it"
+        console.print(f"Next, look into its routers, or {then}:")
         console.print(f"  moe-peft inspect {output} --data {data}", highlight=False, markup=False, soft_wrap=True)
         merge = f"  moe-peft merge {output} --calibration {data} --output {output / 'merged'}"
-        console.print(merge, highlight=False, markup=False, soft_wrap=True)
+        export = f"  moe-peft export {output} --to moe --output {output / 'exported'}"
+        console.print(export if exact else merge, highlight=False, markup=False, soft_wrap=True)
 
 
 def prepared_rows(trainer: SFTTrainer) -> Dataset:

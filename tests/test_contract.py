@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from moe_peft import LinearMoeConfig
+from moe_peft import FfnMoeConfig, LinearMoeConfig
 from moe_peft.tuners.base import MoeTunerLayer
 
 
@@ -25,7 +25,7 @@ EXACT = {"rtol": 1e-9, "atol": 1e-11}
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
-RULES = {
+LINEAR_RULES = {
     "softmax_top_k": {"num_experts": 4, "top_k": 2},
     "softmax": {"num_experts": 3, "routing": "softmax"},
     "top_1": {"num_experts": 4, "routing": "top_1"},
@@ -33,12 +33,24 @@ RULES = {
     "per layer": {"num_experts": "2:4", "top_k": 2, "r": [2, 4, 4, 8]},
     "shared": {"num_experts": 4, "top_k": 2, "num_shared_experts": 1, "use_rslora": True},
 }
-TYPES = {"LINEAR_MOE": LinearMoeConfig}
-CASES = [pytest.param(TYPES[kind], rule, id=f"{kind}-{name}") for kind in TYPES for name, rule in RULES.items()]
+BLOCK = {"target_modules": ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]}
+FFN_RULES = {
+    "softmax_top_k": {"num_experts": 4, "top_k": 2, "router_z_loss_coef": 0.01},
+    "softmax": {"num_experts": 3, "routing": "softmax"},
+    "straight-through": {"num_experts": 4, "routing": "top_1_straight_through", "router_bias": True},
+    "sigmoid": {"num_experts": 4, "routing": "sigmoid_top_k", "use_rslora": True},
+    "one expert": {"num_experts": 1},
+    "per layer": {"num_experts": "2:4", "top_k": 2, "r": [2, 4, 4, 8]},
+    "shared and null": {"num_experts": 3, "top_k": 2, "num_shared_experts": 1, "num_null_experts": 2},
+}
+CASES = [pytest.param(LinearMoeConfig, rule, id=f"LINEAR_MOE-{name}") for name, rule in LINEAR_RULES.items()]
+CASES += [pytest.param(FfnMoeConfig, {**BLOCK, **rule}, id=f"FFN_MOE-{name}") for name, rule in FFN_RULES.items()]
 ROUTED = [case for case in CASES if case.values[1]["num_experts"] != 1]
+LINEAR = [case for case in CASES if case.values[0] is LinearMoeConfig]
 
 over_cases = pytest.mark.parametrize(("config_class", "rule"), CASES)
 over_routed_cases = pytest.mark.parametrize(("config_class", "rule"), ROUTED)
+over_linear_cases = pytest.mark.parametrize(("config_class", "rule"), LINEAR)  # layers that promise this by themselves
 
 
 def adapt(model, config_class, rule, name: str = "default", seed: int = 2, **settings) -> PeftModel:
@@ -67,7 +79,7 @@ def layers_of(model) -> list[MoeTunerLayer]:
 
 def base_state(model) -> dict[str, torch.Tensor]:
     """Everything that is not an adapter's, cloned: also what bitsandbytes keeps beside a packed weight."""
-    return {key: value.clone() for key, value in model.state_dict().items() if "linear_moe_" not in key}
+    return {key: value.clone() for key, value in model.state_dict().items() if "_moe_experts" not in key}
 
 
 def assert_same_bits(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
@@ -146,7 +158,7 @@ def test_unloading_restores_the_base(base, tokens, config_class, rule):
     assert torch.equal(logits(unloaded, tokens), before)
 
 
-@over_cases
+@over_linear_cases
 def test_a_layer_returns_what_its_base_returns(base, config_class, rule):
     model = adapt(base, config_class, rule)
     for layer in layers_of(model):
@@ -190,7 +202,7 @@ def reloaded(checkpoint, tmp_path_factory):
         model = adapt(AutoModelForCausalLM.from_pretrained(checkpoint), *case.values)
         model.save_pretrained(root / case.id)
         save_file({"tokens": tokens}, root / case.id / "tokens.safetensors")
-        before[str(case.values[1])] = (root / case.id, logits(model, tokens), model.peft_config["default"])
+        before[str(case.values)] = (root / case.id, logits(model, tokens), model.peft_config["default"])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     command = [sys.executable, "-c", IN_A_NEW_PROCESS, str(root), checkpoint]
     subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
@@ -199,20 +211,20 @@ def reloaded(checkpoint, tmp_path_factory):
 
 @over_cases
 def test_a_saved_adapter_gives_the_same_logits_in_a_new_process(reloaded, config_class, rule):
-    folder, before, _ = reloaded[str(rule)]
+    folder, before, _ = reloaded[str((config_class, rule))]
     torch.testing.assert_close(load_file(folder / "logits.safetensors")["logits"], before, **CLOSE)
 
 
 @over_cases
 def test_a_saved_config_is_equal_in_every_field(reloaded, config_class, rule):
-    folder, _, config = reloaded[str(rule)]
+    folder, _, config = reloaded[str((config_class, rule))]
     fields = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
     assert json.loads((folder / "fields.json").read_text()) == fields
 
 
 @over_cases
 def test_the_file_holds_the_adapters_tensors_and_nothing_else(reloaded, config_class, rule):
-    folder, _, config = reloaded[str(rule)]
+    folder, _, config = reloaded[str((config_class, rule))]
     keys = load_file(folder / "adapter_model.safetensors").keys()
     prefix = config.peft_type.value.lower() + "_"
     assert keys
@@ -233,7 +245,7 @@ def test_loading_under_another_name_gives_the_same_logits(tokens, tmp_path, conf
 # --- several adapters ---
 
 
-@over_cases
+@over_linear_cases
 def test_two_active_adapters_add_up(config_class, rule):
     model = adapt(make_tiny_llama(dtype=torch.float64), config_class, rule, name="first", seed=3)
     adapt(model, LinearMoeConfig, {"num_experts": 2, "routing": "softmax"}, name="second", seed=4)
@@ -262,7 +274,7 @@ def test_deleting_one_adapter_leaves_the_other(tokens, config_class, rule):
     assert not any("other" in name for name, _ in model.named_modules())
 
 
-@over_cases
+@over_linear_cases
 def test_rows_that_name_their_adapter_get_it(tokens, config_class, rule):
     model = adapt(make_tiny_llama(), config_class, rule, name="first", seed=3)
     adapt(model, config_class, rule, name="second", seed=4)
@@ -285,7 +297,7 @@ def test_a_step_changes_the_adapter_and_not_one_bit_of_the_base(base, tokens, co
     tokens = tokens.to(base.device)
     before = base_state(base)
     model = adapt(base, config_class, rule, lora_dropout=0.1).train()
-    assert all(("linear_moe_" in name) == p.requires_grad for name, p in model.named_parameters())
+    assert all(("_moe_experts" in name) == p.requires_grad for name, p in model.named_parameters())
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     start = {name: p.detach().clone() for name, p in trained.items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
@@ -409,7 +421,8 @@ MERGES = {
 @pytest.mark.parametrize("merge", MERGES.values(), ids=MERGES)
 def test_merging_a_routed_adapter_raises_before_anything_is_touched(tokens, config_class, rule, merge):
     model = adapt(make_tiny_llama(), config_class, rule)
-    adapt(model, LinearMoeConfig, {"num_experts": 1}, name="static")
+    static = {"num_experts": 1, "target_modules": rule.get("target_modules", TARGETS)}
+    adapt(model, config_class, static, name="static")
     state, output = copy.deepcopy(model.state_dict()), logits(model, tokens)
     with pytest.raises(
         ValueError, match=r"Adapter 'default' cannot be merged.*depends on the token.*`moe-peft merge`"

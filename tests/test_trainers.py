@@ -1,5 +1,7 @@
 """The balance gradient under TRL's trainers, unmodified: it arrives, it is the definition's, and it is to scale."""
 
+import copy
+
 import pytest
 import torch
 from conftest import make_tiny_llama
@@ -13,10 +15,11 @@ from transformers import (
     TrainerCallback,
 )
 
-from moe_peft import LinearMoeConfig, MoeCallback, TaskTypeCollator, attach
+from moe_peft import FfnMoeConfig, LinearMoeConfig, MoeCallback, TaskTypeCollator
 from moe_peft.attach import RouterState
 from moe_peft.balance import switch_loss
 from moe_peft.pocket.tokenizer import make_tokenizer
+from moe_peft.tuners.linear_moe import RoutedLora
 from moe_peft.watch import find_routers
 
 
@@ -75,7 +78,7 @@ class Recorder(TrainerCallback):
             router.register_forward_pre_hook(lambda module, given, name=name: self.see(name, module, given))
 
     def see(self, name, module, given):
-        if module.training and torch.is_grad_enabled():
+        if isinstance(module, RoutedLora) and module.training and torch.is_grad_enabled():
             x, _, context = given
             self.calls.append((name, x.detach().flatten(0, -2), context.real))
 
@@ -158,6 +161,26 @@ def test_the_balance_gradient_is_the_definitions_under(kind, tmp_path):
             assert largest_difference(recorder.gradients[step], plain.gradients[step]) == 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_balance_gradient_reaches_an_ffn_mixture_under(kind, tmp_path):
+    """With B = 0 all experts of a block are equal, so that the task leaves the router alone: what it gets is balance."""
+    config = FfnMoeConfig(
+        num_experts=4, router_aux_loss_coef=COEF, task_type="SEQ_CLS" if kind == "Reward" else "CAUSAL_LM"
+    )
+    found = []
+    for mode in (None, "reentrant", "non-reentrant"):
+        trainer, recorder = make_trainer(kind, tmp_path, mode, config=copy.deepcopy(config), max_steps=1)
+        trainer.train()
+        routers = {name: g for name, g in recorder.gradients[0].items() if name.endswith(".router")}
+        assert len(routers) == 2
+        assert min(g.norm() for g in routers.values()) > 1e-5
+        assert len(recorder.tokens[0]) == 2
+        found.append((routers, recorder.tokens))
+    for routers, tokens in found[1:]:
+        assert tokens == found[0][1]
+        assert largest_difference(routers, found[0][0]) == 0
+
+
 @pytest.mark.parametrize("kind", ["SFT", "DPO", "KTO", "Reward"])
 def test_gradient_accumulation_changes_nothing(kind, tmp_path, monkeypatch):
     """With the load pinned, as four loads of two rows are not one load of eight."""
@@ -184,9 +207,10 @@ def test_the_last_step_of_an_epoch_may_accumulate_less(tmp_path):
         max_steps=-1, num_train_epochs=1, learning_rate=0.0,
     )  # fmt: skip
     seen, step = [], trainer.training_step
+    context = next(layer.context for layer in trainer.model.modules() if hasattr(layer, "context"))
 
     def watched_step(*args):
-        seen.append(float(attach._aux_scale))
+        seen.append(context.scale)
         return step(*args)
 
     trainer.training_step = watched_step

@@ -22,7 +22,7 @@ from moe_peft import saving  # noqa: E402
 from moe_peft.arguments import parse  # noqa: E402
 from moe_peft.backbone import load_backbone, load_tokenizer  # noqa: E402
 from moe_peft.banner import example  # noqa: E402
-from moe_peft.catalogue import methods, recipe  # noqa: E402
+from moe_peft.catalogue import from_catalogue, methods, recipe  # noqa: E402
 from moe_peft.plain_yaml import load_settings  # noqa: E402
 from moe_peft.pocket import POCKET_DIR  # noqa: E402
 from moe_peft.saving import checkpoint_to_resume  # noqa: E402
@@ -218,10 +218,11 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path):
 def test_every_method_trains_and_comes_back_the_same(name, rows, tmp_path):
     out = tmp_path / "out"
     printed = trained("--adapter", name, "--dataset", rows, "--max_steps", "3", "--output_dir", str(out))
+    ffn = from_catalogue(name).peft_type == "FFN_MOE"
     for text in (
         "versions",
         "pocket, 4 bits",
-        f"{name}: LINEAR_MOE",
+        f"{name}: {'FFN' if ffn else 'LINEAR'}_MOE",
         "in routers",
         "down_proj x4",
         "loss on",
@@ -230,7 +231,9 @@ def test_every_method_trains_and_comes_back_the_same(name, rows, tmp_path):
         assert text in printed
     assert "rev:abc>cba<eos>" in printed
     assert f"moe-peft inspect {out} --data {rows}" in printed
-    assert f"moe-peft merge {out} --calibration {rows} --output {out / 'merged'}" in printed
+    merge = f"moe-peft merge {out} --calibration {rows} --output {out / 'merged'}"
+    export = f"moe-peft export {out} --to moe --output {out / 'exported'}"
+    assert (export if ffn else merge) in printed
     log = json.loads((out / "training_log.json").read_text())
     assert log["parameters"]["router"] > 0
     assert log["settings"]["adapter"] == name

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from moe_peft import LinearMoeConfig
+from moe_peft import FfnMoeConfig, LinearMoeConfig
 
 
 PEFT_VERSION = version("peft")
@@ -174,6 +174,12 @@ RULES: dict[str, dict[str, Any]] = {
     "shared": {"num_experts": 2, "top_k": 2, "num_shared_experts": 1},
     "top-1": {"num_experts": 4, "routing": "top_1"},
 }
+FFN_RULES: dict[str, dict[str, Any]] = {
+    "FFN one expert": {"num_experts": 1},
+    "FFN top-k": {"num_experts": 4, "top_k": 2, "num_shared_experts": 1},
+    "FFN top-1": {"num_experts": 3, "routing": "top_1_straight_through"},
+}
+"""For models with FFN blocks."""
 SMALL = {"r": 4, "lora_alpha": 4}
 """For tests that take steps at learning rate 0.5 on inputs up to 90."""
 LARGE = {"r": 4, "lora_alpha": 32}
@@ -186,7 +192,7 @@ def is_routed(case: Any) -> bool:
     """Whether any config, or keyword arguments for one, among the values of a case asks for more than one expert."""
     for value in getattr(case, "values", case):
         experts = value.get("num_experts", 8) if isinstance(value, dict) else None
-        if isinstance(value, LinearMoeConfig):
+        if isinstance(value, (LinearMoeConfig, FfnMoeConfig)):
             experts = value.num_experts
         if experts not in (None, 1):
             return True

@@ -2,10 +2,10 @@
 
 import pytest
 
-from moe_peft import LinearMoeConfig
+from moe_peft import FfnMoeConfig, LinearMoeConfig
 
 from . import checkpoints
-from .factory import LARGE, PER_LAYER, RULES, rebuild, upstream
+from .factory import FFN_RULES, LARGE, PER_LAYER, RULES, rebuild, upstream
 
 
 CAUSAL = {"task_type": "CAUSAL_LM", "target_modules": None, **LARGE}
@@ -25,7 +25,8 @@ TestDecoderModels = rebuild(
     {
         "model_id": [pytest.param(checkpoints.path(name), id=name) for name in checkpoints.DECODERS],
         "config_cls,config_kwargs": [
-            pytest.param(LinearMoeConfig, {**CAUSAL, **kwargs}, id=name) for name, kwargs in CONFIGS.items()
+            *(pytest.param(LinearMoeConfig, {**CAUSAL, **kwargs}, id=name) for name, kwargs in CONFIGS.items()),
+            *(pytest.param(FfnMoeConfig, {**CAUSAL, **kwargs}, id=name) for name, kwargs in FFN_RULES.items()),
         ],
     },
     pretend_lora=(
