@@ -15,7 +15,7 @@ demo: $(READY)
 	$(BIN)/moe-peft demo --output-dir demo_output
 
 test: $(READY)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -m "not slow"
 
 conformance: $(READY)
 	$(BIN)/python -m pytest tests/conformance

@@ -22,7 +22,7 @@ USER_ERROR, INTERRUPTED = 2, 130
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Mixtures of LoRA experts for Hugging Face PEFT: train them with TRL, look into them, merge them.",
+    help="Mixtures of LoRA experts for Hugging Face PEFT: train them with TRL, look into them, merge or export them.",
 )
 
 
@@ -119,6 +119,46 @@ def merge(
     from moe_peft.inspecting import merge_adapter
 
     merge_adapter(Console(), adapter, calibration, output, rank, method, held_out, limit, model, load_in)
+
+
+@app.command()
+def export(
+    adapter: Annotated[str, typer.Argument(help="The folder of an FFN mixture, or an id on the Hub.")],
+    output: Annotated[Path | None, typer.Option(help="A new or empty folder for the checkpoint.")] = None,
+    to: Annotated[str, typer.Option(help="moe: a stock Mixture-of-Experts checkpoint, exact.")] = "moe",
+    check: Annotated[bool, typer.Option("--check", help="Say what would be written, and write nothing.")] = False,
+    model: Annotated[str | None, typer.Option(help="The backbone, if not the one that the adapter names.")] = None,
+    target: Annotated[
+        str, typer.Option(help="auto, or the model type of the checkpoint: mixtral, qwen3_moe ...")
+    ] = "auto",
+    base_weights: Annotated[
+        str,
+        typer.Option(
+            help="original; dequantized for what a 4-bit backbone computed with; auto asks the training log."
+        ),
+    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto is the backbone's.")] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Of one weights file.")] = "4GB",
+    verify: Annotated[bool, typer.Option(help="Compare the export with the adapter on its backbone.")] = True,
+) -> None:
+    """An FFN mixture as a checkpoint that transformers, vLLM and llama.cpp load as their own, with no plugin."""
+    from moe_peft.exporting import export_adapter
+
+    export_adapter(Console(), adapter, to, output, check, model, target, base_weights, dtype, max_shard_size, verify)
+
+
+@app.command(name="import")
+def import_(
+    source: Annotated[
+        str, typer.Argument(help="The folder of a MixLoRA checkpoint by TUDB-Labs, or an id on the Hub.")
+    ],
+    output: Annotated[Path, typer.Option(help="Gets the adapter; a new or empty folder.")],
+    model: Annotated[str | None, typer.Option(help="The backbone; with it, layers and widths are checked.")] = None,
+) -> None:
+    """A MixLoRA checkpoint of the packages `moe-peft` or `mixlora` as one of ours, with equal outputs."""
+    from moe_peft.exporting import import_checkpoint
+
+    import_checkpoint(Console(), source, output, model)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

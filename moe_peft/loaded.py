@@ -36,15 +36,21 @@ def load_adapter(folder: str, model: str | None = None, load_in: str = "4bit") -
             "on the Hub."
         )
     config = PeftConfig.from_pretrained(folder)
-    named = model or config.base_model_name_or_path
-    if named is None or (model is None and not Path(named).exists() and Path(named).name == POCKET_DIR.name):
-        named = "pocket"  # also when the adapter was trained on the pocket backbone of another installation
+    named = model or backbone_named(config.base_model_name_or_path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     own_tokenizer = folder if (path / "tokenizer_config.json").is_file() else None
     tokenizer = load_tokenizer(named, own_tokenizer)
     backbone = load_backbone(named, load_in, device, dtype=dtype)
     return PeftModel.from_pretrained(backbone, folder).eval(), tokenizer
+
+
+def backbone_named(base_model_name_or_path: str | None) -> str:
+    """The backbone that an adapter's config names; "pocket" if it names none, or that of another installation."""
+    named = base_model_name_or_path
+    if named is None or (not Path(named).exists() and Path(named).name == POCKET_DIR.name):
+        return "pocket"
+    return named
 
 
 def batches_of(
