@@ -1,13 +1,12 @@
 """What one adapter holds on one linear layer of an FFN block, and the block's router on the first of them."""
 
-import math
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from moe_peft.attach import RoutingContext
-from moe_peft.config import FfnMoeConfig
+from moe_peft.config import FfnMoeConfig, MoeConfig
 from moe_peft.experts import experts_out
 from moe_peft.ffn import out_product
 from moe_peft.ffn_fan import fan_in, fan_out
@@ -52,12 +51,8 @@ class FfnExperts(Router):
         self.router_bias = nn.Parameter(torch.empty(choices)) if has_bias else None
         self.reset_parameters(config)
 
-    def reset_parameters(self, config: FfnMoeConfig) -> None:
-        """A as `nn.Linear` draws it, B zero: every expert starts as the frozen block."""
-        for expert in self.lora_A:
-            nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B) if config.init_weights else nn.init.normal_(self.lora_B, std=0.02)
-        self.reset_router(config)
+    def reset_parameters(self, config: MoeConfig) -> None:
+        super().reset_parameters(config)
         if self.router_bias is not None:
             nn.init.zeros_(self.router_bias)
 

@@ -6,7 +6,6 @@ c is `router_scale`; shared experts are DeepSeekMoE's (arXiv:2401.06066) and abs
 there is nothing to route: the layer is a plain LoRA and can be merged.
 """
 
-import math
 from typing import Any, final
 
 import torch
@@ -41,13 +40,6 @@ class RoutedLora(Router):
         self.scaling, self.dropout = scaling(config, r), config.lora_dropout
         self.set_up_router(config, num_experts, d_in, ROUTING_RULES[config.routing])
         self.reset_parameters(config)
-
-    def reset_parameters(self, config: MoeConfig) -> None:
-        """A as `nn.Linear` draws it, B zero: a fresh adapter adds exactly nothing."""
-        for expert in self.lora_A:
-            nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B) if config.init_weights else nn.init.normal_(self.lora_B, std=0.02)
-        self.reset_router(config)
 
     @property
     def weight(self) -> Tensor:

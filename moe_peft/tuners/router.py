@@ -44,6 +44,7 @@ class Router(nn.Module):
     """One adapter on one layer or block, with a router. Abstract: a type adds the experts.
 
     Attributes:
+        lora_A, lora_B: `[n, r, d_in]` and `[n, r, d_out]`, made by the type.
         router: `[N, d_in]`, or None where there is nothing to choose.
         num_experts: N, all that a token can choose from; null experts are the last.
         top_k: slots per token.
@@ -53,6 +54,8 @@ class Router(nn.Module):
         state: loads and sums of this router.
     """
 
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
     router: nn.Parameter | None
 
     def set_up_router(
@@ -81,8 +84,11 @@ class Router(nn.Module):
             self.coef, self.gradient = 1.0, partial(_weighted_sum, terms=terms)
         self.state = RouterState()
 
-    def reset_router(self, config: MoeConfig) -> None:
-        """Draw the router's start."""
+    def reset_parameters(self, config: MoeConfig) -> None:
+        """A as `nn.Linear` draws it, B zero: a fresh adapter changes nothing, whatever the router says."""
+        for expert in self.lora_A:
+            nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B) if config.init_weights else nn.init.normal_(self.lora_B, std=0.02)
         if self.router is None:
             return
         if config.router_init_std is None:
