@@ -107,15 +107,23 @@ def cipher8tag(
 
 
 def opconf8tag(
-    seed: int, depth: int = 2, shortest: int = 3, longest: int = 6, num_train: int = 600, num_test: int = 64
+    seed: int,
+    depth: int = 2,
+    shortest: int = 3,
+    longest: int = 6,
+    num_train: int = 600,
+    num_test: int = 64,
+    balanced: bool = False,
 ) -> Suite:
     """
     `C|do:abc>`: under each tag, `do:` means something else than the backbone was taught, and than under the others.
 
     It is `depth` of the `COMPOSABLE_SKILLS`, one after the other. `num_train` and `num_test` count texts per domain.
+    Skills are not equally hard: with `balanced`, each of them is first in one domain, second in another and so on, and
+    none follows itself, so that suites of different seeds are about equally hard.
     """
     rng = random.Random(f"opconf8tag/{seed}")
-    chains = _new_chains(rng, depth)
+    chains = _balanced_chains(rng, depth) if balanced else _new_chains(rng, depth)
     tasks = {tag: (f"{tag}|do", chain) for tag, chain in zip(TAGS, chains, strict=True)}
     return _text_suite("opconf8tag", rng, tasks, _text_halves(rng, LETTERS, shortest, longest, num_train, num_test))
 
@@ -219,18 +227,42 @@ def _chain(skills: Sequence[str]) -> Callable[[str], str]:
     return apply
 
 
+# Two chains that answer these texts alike are the same function: `rev` twice is `copy`.
+_PROBES = ("fbdace", "qwertyu")
+
+
+def _answers(function: Callable[[str], str]) -> tuple[str, ...]:
+    return tuple(map(function, _PROBES))
+
+
 def _new_chains(rng: random.Random, depth: int) -> list[Callable[[str], str]]:
     """Eight chains of `depth` skills that answer differently from one another; the n-th not as the n-th tag does."""
-    if depth not in (1, 2, 3):
-        raise ValueError(
-            f"`depth` is {depth}, the number of skills in a row. It may be 1, 2 or 3; choose one of these."
-        )
-    # Chains that agree on these texts are the same function (`rev` twice is `copy`); one of them is enough.
-    probes = ("fbdace", "qwertyu")
-    different = {tuple(map(_chain(c), probes)): c for c in itertools.product(COMPOSABLE_SKILLS, repeat=depth)}
-    known = {tuple(map(skill, probes)) for skill in SKILLS.values()} if depth > 1 else set()
+    _check_depth(depth, 1)
+    different = {_answers(_chain(c)): c for c in itertools.product(COMPOSABLE_SKILLS, repeat=depth)}
+    known = set(map(_answers, SKILLS.values())) if depth > 1 else set()
     chains = [chain for answers, chain in different.items() if answers not in known]
     while True:
         drawn = rng.sample(chains, k=len(TAGS))
         if all(chain != (TAGGED_SKILLS[tag],) for tag, chain in zip(TAGS, drawn, strict=True)):
             return [_chain(chain) for chain in drawn]
+
+
+def _balanced_chains(rng: random.Random, depth: int) -> list[Callable[[str], str]]:
+    """As `_new_chains`, with every skill once in each place and never after itself. Needs `depth` of 2 or 3."""
+    _check_depth(depth, 2)
+    known = set(map(_answers, SKILLS.values()))
+    while True:
+        places = [rng.sample(COMPOSABLE_SKILLS, k=len(TAGS)) for _ in range(depth)]
+        drawn = list(zip(*places, strict=True))
+        answers = {_answers(_chain(chain)) for chain in drawn}
+        repeated = any(first == then for chain in drawn for first, then in itertools.pairwise(chain))
+        if not repeated and len(answers) == len(TAGS) and not answers & known:
+            return [_chain(chain) for chain in drawn]
+
+
+def _check_depth(depth: int, least: int) -> None:
+    if depth not in range(least, 4):
+        raise ValueError(
+            f"`depth` is {depth}, the number of skills in a row. It may be {'1, 2 or 3' if least == 1 else '2 or 3'}; "
+            f"choose one of these."
+        )
