@@ -4,13 +4,13 @@ import math
 import os
 import platform
 import statistics
-import time
 from importlib import metadata
 from pathlib import Path
 
 import torch
 from speed_contenders import BALANCED, BASE, DENSE, LORA, OURS
-from speed_shared import DTYPES, EXPERTS, RANK, TOP_K, Case, ModelCase, seconds
+from speed_ffn import FFN_ARITHMETIC, ffn_arithmetic_ratios, ffn_roofline_seconds, ffn_verdicts, same_function
+from speed_shared import DTYPES, EXPERTS, RANK, TOP_K, Case, FfnCase, ModelCase, seconds
 
 
 TARGETS = [
@@ -22,6 +22,17 @@ TARGETS = [
     ("model", DENSE, "at most", 1 / 0.80),
 ]
 """Start of a case's name, contender, and what its time over that of PEFT's LoRA is to be."""
+
+
+ARITHMETIC = [
+    "The column `arithmetic` is the ratio of the products' operations alone. With n = 128 ranks in 8 experts and m = 8 rows",
+    "of router against LoRA's 32 ranks, a layer d → o has",
+    "(2do + 3((n + m)d + no)) / (2do + 3·32(d + o)) in training and (do + (n + m)d + no) / (do + 32(d + o)) in decoding; a",
+    "whole model adds its attention scores and its head to both sides. Every expert is computed for every token: that costs",
+    "nothing where a byte costs more than a hundred operations, as a GPU's does on paper, and its full price where it costs",
+    "ten. There a layer can be faster than this ratio only by what LoRA spends on passes over wide tensors, a few per cent.",
+    "A short decoding step waits for calls as well, which the ratio does not count.",
+]
 
 
 def describe_machine() -> dict:
@@ -69,7 +80,7 @@ def _fastest(step, device: str) -> float:
     return min(seconds(step, device) for _ in range(5))
 
 
-def roofline_seconds(case: Case | ModelCase, ceiling: dict[str, float]) -> dict[str, float]:
+def roofline_seconds(case: Case | FfnCase | ModelCase, ceiling: dict[str, float]) -> dict[str, float]:
     """The least time that a step can take on this machine, by contender: its arithmetic or its traffic at full speed.
 
     Counted as if everything were fused: per pass, x and W are read and y is written once; in training dy and W are read,
@@ -78,6 +89,8 @@ def roofline_seconds(case: Case | ModelCase, ceiling: dict[str, float]) -> dict[
     """
     if isinstance(case, ModelCase):
         return {}
+    if isinstance(case, FfnCase):
+        return ffn_roofline_seconds(case, ceiling)
     train, size = case.kind == "train", DTYPES[case.dtype].itemsize
     weight = case.d_in * case.d_out * (0.53 if case.nf4 else size)  # NF4: 4 bits and a scale for each 64 values
     wide = case.tokens * (case.d_in + case.d_out) * size
@@ -95,6 +108,41 @@ def roofline_seconds(case: Case | ModelCase, ceiling: dict[str, float]) -> dict[
     return floors
 
 
+def arithmetic_ratios(case: Case | FfnCase | ModelCase) -> dict[str, float]:
+    """What the products of each method alone make of its time over LoRA's, where only arithmetic counts.
+
+    Per token a frozen linear layer takes `d * o` multiply-adds a pass, and factors of n ranks, of which A holds m rows
+    more for the router, take `(n + m) * d + n * o`. Training passes the frozen layer twice (y and dx) and the factors
+    three times (their gradients as well). A routed layer computes all its experts for every token, so its ratio is
+    above 1 on any machine that is not held up by memory; a GPU is, up to some hundred ranks (see the ceilings).
+    Of a whole model the attention scores and the head are counted too: they are the same for all.
+    """
+    if isinstance(case, FfnCase):
+        return ffn_arithmetic_ratios(case)
+    frozen, factors, other = _work_of_a_layer(case) if isinstance(case, Case) else _work_of_a_model(case)
+    every = EXPERTS * RANK
+    ranks = {LORA: (TOP_K * RANK, 0), **dict.fromkeys((OURS, BALANCED, DENSE), (every, EXPERTS))}
+    passes = (1, 1) if isinstance(case, Case) and case.kind == "decode" else (2, 3)
+    totals = {}
+    for name, (rank, rows) in ranks.items():
+        inner = sum((rank + rows) * d_in + rank * d_out for d_in, d_out in factors)
+        totals[name] = other + passes[0] * frozen + passes[1] * inner
+    return {name: total / totals[LORA] for name, total in totals.items() if name != LORA}
+
+
+def _work_of_a_layer(case: Case) -> tuple[int, list[tuple[int, int]], float]:
+    """Multiply-adds per token and pass of the frozen layers, their widths, and all that is the same for everyone."""
+    return case.d_in * case.d_out, [(case.d_in, case.d_out)], 0.0
+
+
+def _work_of_a_model(case: ModelCase) -> tuple[int, list[tuple[int, int]], float]:
+    widths = [(case.width, case.width)] * 4 + [(case.width, case.inner)] * 2 + [(case.inner, case.width)]
+    frozen = sum(d_in * d_out for d_in, d_out in widths)
+    scores = 3 * 2 * case.length * case.width  # two products forward, four backward
+    head = 2 * case.width * case.vocabulary / case.layers
+    return frozen, widths, scores + head
+
+
 def summarise(taken: dict[str, list[float]], reference: str, floors: dict[str, float]) -> dict[str, dict[str, float]]:
     """Median and quartiles of the seconds and of the ratio to the reference within each round."""
     summary = {}
@@ -110,26 +158,47 @@ def summarise(taken: dict[str, list[float]], reference: str, floors: dict[str, f
 
 
 def write_markdown(result: dict) -> str:
-    machine = result["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    lines = [
-        "# Speed",
-        "",
-        f"`{result['command']}`, {result['minutes']:.0f} minutes, {time.strftime('%Y-%m-%d')}.",
-        f"{machine['cpu']} ({', '.join(machine['bf16']) or 'no bf16 instructions'}), {machine['cores']} cores, "
-        f"{machine['threads']} thread, load {machine['load'][0]:.1f} at the start; {versions}.",
-        "",
-        *(_ceiling(device, best) for device, best in machine["ceilings"].items()),
-        "",
+    lines = ["# Speed", "", *_runs(result["runs"])]
+    lines += [
         "Ratios are times over that of PEFT's LoRA of the same active rank (median of same-round ratios, quartiles in",
         "brackets): below 1 is faster. The roofline is the share of the step's least possible time on this machine.",
-        f"Rival: {result['rival'] or 'left out'}.",
         "",
-        *_verdicts(result),
+        *ARITHMETIC,
+        "",
     ]
+    if "ffn" in result["runs"]:
+        lines += [*FFN_ARITHMETIC, ""]
+    lines += _verdicts(result)
     for row in result["cases"]:
         lines += ["", *_table(row)]
     return "\n".join(lines) + "\n"
+
+
+def _runs(runs: dict[str, dict]) -> list[str]:
+    """When and where each kind of rows was measured, those of one run together."""
+    lines: list[str] = []
+    told: list[dict] = []
+    for run in runs.values():
+        if run not in told:
+            told.append(run)
+            lines += [*_run([name for name, other in runs.items() if other == run], run), ""]
+    return lines
+
+
+def _run(rows: list[str], run: dict) -> list[str]:
+    machine = run["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    gpu = f" and {machine['gpu']}" if "gpu" in machine else ""
+    lines = [
+        f"Rows of {', '.join(rows)}: `{run['command']}`, {run['minutes']:.0f} minutes, {run['date']}.",
+        f"{machine['cpu']}{gpu} ({', '.join(machine['bf16']) or 'no bf16 instructions'}), {machine['cores']} cores, "
+        f"{machine['threads']} thread, load {machine['load'][0]:.1f} at the start; {versions}.",
+        *(_ceiling(device, best) for device, best in machine["ceilings"].items()),
+        f"Rival: {run['rival'] or 'left out'}.",
+    ]
+    if run.get("differences"):
+        lines.append(same_function(run["differences"]))
+    return lines
 
 
 def _ceiling(device: str, best: dict[str, float]) -> str:
@@ -140,20 +209,21 @@ def _ceiling(device: str, best: dict[str, float]) -> str:
 
 
 def _verdicts(result: dict) -> list[str]:
-    lines = ["| target | asked | measured | |", "|---|---|---|---|"]
+    lines = ["| target | asked | measured | arithmetic | |", "|---|---|---|---|---|"]
     for prefix, name, _, limit in TARGETS:
         for row in result["cases"]:
             if row["name"].startswith(prefix) and name in row["summary"]:
                 ratio = row["summary"][name]["ratio"]
                 verdict = "met" if ratio <= limit else "**missed**"
-                lines.append(f"| {name}, {row['name']} | ≤ {limit:.2f} | {ratio:.3f} | {verdict} |")
+                alone = f"{row['arithmetic'][name]:.2f}" if name in row.get("arithmetic", {}) else ""
+                lines.append(f"| {name}, {row['name']} | ≤ {limit:.2f} | {ratio:.3f} | {alone} | {verdict} |")
     for row in result["cases"]:
         for mine, other in ((BALANCED, "rival mola top-2 of 8"), (DENSE, "rival loramoe dense 8")):
             if row["name"].startswith("model") and other in row["summary"]:
                 faster = row["summary"][other]["ratio"] / row["summary"][mine]["ratio"]
                 verdict = "met" if faster >= 2 else "**missed**"
-                lines.append(f"| {mine} over {other}, {row['name']} | ≥ 2.00 × | {faster:.2f} × | {verdict} |")
-    return lines
+                lines.append(f"| {mine} over {other}, {row['name']} | ≥ 2.00 × | {faster:.2f} × | | {verdict} |")
+    return lines + ffn_verdicts(result["cases"])
 
 
 def _table(row: dict) -> list[str]:

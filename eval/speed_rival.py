@@ -1,7 +1,8 @@
 """The rival's layers, timed in a process of their own: its released package has the import name of ours.
 
-Started by `bench_speed.py` with the folder of the release (`pip install --no-deps --target FOLDER moe-peft==2.0.2`).
-Reads one JSON request per line, answers one line with a number: `{"prepare": …}` builds, `{"run": …}` times one step.
+Started by `speed_peers.py` with the folder of a release (`pip install --no-deps --target FOLDER moe-peft==2.0.2`).
+Reads one JSON request per line, answers one line with a number: `{"prepare": …}` builds, `{"run": …}` times one step,
+`{"check": …}` writes what a block of experts computes into a file. Its FFN blocks are in `speed_rival_ffn.py`.
 
 The release asks for torch < 2.6 and transformers < 4.47. Beside today's torch its layer files run unchanged, its model
 classes do not (`LlamaConfig` has no `rope_theta` any more), so its layers are put into the same Llama as everyone
@@ -21,12 +22,15 @@ from speed_shared import (
     RANK,
     TOP_K,
     Case,
+    FfnCase,
     ModelCase,
     Step,
+    case_of,
     layer_step,
     make_base,
     make_llama,
     model_step,
+    outcome,
     repeats_of,
     seconds,
 )
@@ -34,7 +38,10 @@ from torch import Tensor, nn
 
 
 def load(folder: str) -> None:
-    """Make the release importable without its `__init__`, which asks for packages that a layer does not need."""
+    """Make the release importable; moe-peft without its `__init__`, which asks for more than a layer needs."""
+    if not (Path(folder) / "moe_peft").is_dir():
+        sys.path.insert(0, folder)
+        return
     package = types.ModuleType("moe_peft")
     package.__path__ = [str(Path(folder) / "moe_peft")]
     sys.modules["moe_peft"] = package
@@ -71,7 +78,12 @@ class RivalLinear(nn.Module):
         return self.inner(x, self._batch(x.shape[0]))
 
 
-def prepare(case: Case | ModelCase, method: str) -> Step:
+def prepare(case: Case | FfnCase | ModelCase, method: str) -> Step:
+    if isinstance(case, FfnCase):
+        from speed_rival_ffn import make_block
+
+        block = make_block(case, method)
+        return layer_step(case, block, block.trained())
     if isinstance(case, Case):
         layer = RivalLinear(make_base(case), method, case.device)
         return layer_step(case, layer, layer.trained())
@@ -92,11 +104,18 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if "prepare" in request:
-            case = (Case if "kind" in request["case"] else ModelCase)(**request["case"])
+            case = case_of(request["case"])
             steps = {} if request["first"] else steps
             step = prepare(case, request["method"])
             steps[request["prepare"]] = (step, case.device, repeats_of(case))
             answer = seconds(step, case.device)  # the first step, which is not counted
+        elif "check" in request:
+            from speed_rival_ffn import make_block
+
+            case = case_of(request["case"])
+            block = make_block(case, request["check"])
+            torch.save(outcome(case, block, block.gradients), request["file"])
+            answer = 0.0
         else:
             answer = seconds(*steps[request["run"]])
         print(f"seconds {answer!r}", flush=True)

@@ -5,16 +5,20 @@ Imports neither this package nor the rival's: both are called `moe_peft`, so eac
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 
 EXPERTS, TOP_K, RANK = 8, 2, 16
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FFN_LINEARS = ["gate_proj", "up_proj", "down_proj"]
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", *FFN_LINEARS]
 
 Step = Callable[[], object]
 
@@ -47,6 +51,36 @@ class Case:
 
 
 @dataclass(frozen=True)
+class FfnCase:
+    """One SwiGLU block of Llama and one batch to train it with."""
+
+    hidden: int
+    inner: int
+    rows: int
+    length: int
+    dtype: str
+    nf4: bool = False
+    device: str = "cpu"
+    kind: ClassVar[str] = "train"
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+    @property
+    def d_in(self) -> int:
+        return self.hidden
+
+    @property
+    def d_out(self) -> int:
+        return self.hidden
+
+    def __str__(self) -> str:
+        precision = "NF4" if self.nf4 else self.dtype
+        return f"ffn {precision} {self.hidden}/{self.inner} T={self.tokens}"
+
+
+@dataclass(frozen=True)
 class ModelCase:
     """A tiny Llama and a batch for it."""
 
@@ -67,9 +101,15 @@ class ModelCase:
         return f"model {self.dtype} {self.layers} layers d={self.width} T={self.tokens}"
 
 
-def make_base(case: Case) -> nn.Module:
+def case_of(settings: dict[str, Any]) -> Case | FfnCase | ModelCase:
+    """The case whose fields these are, as they came from another process."""
+    kinds = (Case, FfnCase, ModelCase)
+    return next(kind for kind in kinds if settings.keys() == {field.name for field in fields(kind)})(**settings)
+
+
+def make_base(case: Case, seed: int = 0) -> nn.Module:
     """The frozen layer, the same in every process."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     dtype = DTYPES[case.dtype]
     base = nn.Linear(case.d_in, case.d_out, bias=False, dtype=dtype)
     if not case.nf4:
@@ -82,7 +122,49 @@ def make_base(case: Case) -> nn.Module:
     return packed.requires_grad_(False).to(case.device)
 
 
-def make_inputs(case: Case) -> tuple[Tensor, Tensor]:
+@lru_cache(maxsize=1)  # the contenders share them; those of the last case go when the next one comes
+def make_ffn_linears(case: FfnCase) -> dict[str, nn.Module]:
+    """The frozen linears of the block, the same in every process."""
+    shapes = [(case.hidden, case.inner)] * 2 + [(case.inner, case.hidden)]
+    return {
+        name: make_base(Case("train", *shape, case.rows, case.length, case.dtype, case.nf4, case.device), seed)
+        for seed, (name, shape) in enumerate(zip(FFN_LINEARS, shapes, strict=True))
+    }
+
+
+def make_mlp(case: FfnCase) -> LlamaMLP:
+    """The frozen block, a new one around the same linears each time."""
+    with torch.device("meta"):
+        mlp = LlamaMLP(LlamaConfig(hidden_size=case.hidden, intermediate_size=case.inner))
+    for name, linear in make_ffn_linears(case).items():
+        setattr(mlp, name, linear)
+    return mlp
+
+
+def make_experts(case: FfnCase) -> dict[str, Tensor]:
+    """What all mixtures of the block start from: `A [E, r, d_in]` and `B [E, r, d_out]` by linear, `router [E, d]`.
+
+    Equal weights send the same tokens to the same experts, in every contender.
+    """
+    torch.manual_seed(2)
+    widths = dict.fromkeys(FFN_LINEARS, (case.hidden, case.inner))
+    widths["down_proj"] = (case.inner, case.hidden)
+    weights = {"router": 0.02 * torch.randn(EXPERTS, case.hidden)}
+    for name, (d_in, d_out) in widths.items():
+        weights[f"{name}.A"] = torch.randn(EXPERTS, RANK, d_in) / d_in**0.5
+        weights[f"{name}.B"] = 0.02 * torch.randn(EXPERTS, RANK, d_out)
+    return {name: weight.to(case.device, DTYPES[case.dtype]) for name, weight in weights.items()}
+
+
+def outcome(case: FfnCase, block: Callable[[Tensor], Tensor], gradients: Callable[[], dict]) -> dict[str, Tensor]:
+    """What a training step yields: y, the gradient of x, those of the experts under `make_experts`' names."""
+    x, cotangent = make_inputs(case)
+    y = block(x.requires_grad_())
+    y.backward(cotangent)
+    return {"y": y.detach(), "x": x.grad, **gradients()}
+
+
+def make_inputs(case: Case | FfnCase) -> tuple[Tensor, Tensor]:
     """x and a cotangent of y."""
     torch.manual_seed(1)
     options = {"dtype": DTYPES[case.dtype], "device": case.device}
@@ -90,8 +172,8 @@ def make_inputs(case: Case) -> tuple[Tensor, Tensor]:
     return x, 0.1 * torch.randn(case.rows, case.length, case.d_out, **options)
 
 
-def layer_step(case: Case, layer: Callable[[Tensor], Tensor], parameters: list[nn.Parameter]) -> Step:
-    """One training step of the layer (no optimiser), or one decoding step."""
+def layer_step(case: Case | FfnCase, layer: Callable[[Tensor], Tensor], parameters: list[nn.Parameter]) -> Step:
+    """One training step of the layer or block (no optimiser), or one decoding step."""
     x, cotangent = make_inputs(case)
 
     def train() -> None:
@@ -155,7 +237,7 @@ def seconds(step: Step, device: str, repeats: int = 1) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def repeats_of(case: Case | ModelCase) -> int:
+def repeats_of(case: Case | FfnCase | ModelCase) -> int:
     """Steps within one measurement: short ones are repeated, as the clock itself costs microseconds."""
     if isinstance(case, ModelCase):
         return 1
