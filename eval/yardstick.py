@@ -1,24 +1,26 @@
 """The offline yardstick: catalogue methods against plain LoRA at equal trainable parameters, on the pocket backbone.
 
-    python eval/yardstick.py                          # the full form, about an hour on two cores
+    python eval/yardstick.py                          # the full form, about an hour and a half on one core
     python eval/yardstick.py --quick                  # two seeds, one suite, no sweep: under five minutes
     python eval/yardstick.py --methods lora molora --suites fact8tag --seeds 10
+    python eval/yardstick.py --report                 # trains nothing: tables and plot of the trials on disk
 
 Every method gets the same backbone (NF4), rows, steps and batch, and a rank solved from its config so that its trainable
-parameters come closest to the budget. Its learning rate is swept on seeds of its own, over the same factors around the
-same centre for every method; then it runs on the reported seeds, paired: the same seed is the same order of rows. Each
-trial is appended to a file as it ends, so that an interrupted run goes on where it stopped. Written at the end: JSON,
-a table and a plot, with every seed.
+parameters come closest to the budget. Its learning rate is swept on seeds of its own, from the same three rates for every
+method and outwards by the same factor until the best rate lies at no edge; then it runs on the reported seeds, paired: the
+same seed is the same rows in the same order. Each trial is appended to a file as it ends, so that an interrupted run goes on
+where it stopped. Written at the end: JSON, tables and a plot, with every seed.
 
 What this cannot show: absolute gains on models of useful size. It shows interference, routing, stability, forgetting.
 """
 
 import argparse
 import json
-import math
 import os
 import statistics
+import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,9 +28,24 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from yardstick_report import Sweep, summarise, write_report  # noqa: E402
+
 
 RESULTS = Path(__file__).parent / "results" / "yardstick"
-RATES = (2e-3, 3e-3, 4.5e-3)
+
+# Arguments of the suites, searched on seeds 100 to 103 with plain LoRA alone, so that LoRA in its best placement ends
+# between .5 and .8 with little spread between seeds. Facts are taught 1 to 16 times: each doubling is learnt a little
+# later, so the score rises slowly. Long texts and balanced chains do the same for the operations.
+DIFFICULTY: dict[str, dict[str, Any]] = {
+    "fact8tag": {"repeats": [1, 2, 4, 8, 16]},
+    "opconf8tag": {"balanced": True, "shortest": 4, "longest": 8},
+}
+
+CENTRE, FACTOR = 4.5e-3, 1.5  # learning rates are CENTRE * FACTOR**step
+START = (-1, 0, 1)  # the steps that every method's sweep begins with
+LIMIT = 5  # no step beyond this, either way: 0.6e-3 to 34e-3
 SWEEP_SEEDS = (100, 101)
 
 
@@ -86,37 +103,45 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
 
     settings = TrialSettings(learning_rate=job["rate"], steps=job["steps"], seed=job["seed"])
     config = config_for(METHODS[job["method"]], job["budget"])
+    suite = make_suite(job["suite"], job["seed"], **job["difficulty"])
     with tempfile.TemporaryDirectory() as folder:
-        result = run_trial(make_suite(job["suite"], job["seed"]), config, settings, Path(folder))
-    return {**job, **result._asdict()}
+        result = run_trial(suite, config, settings, Path(folder))
+    return {**job, "rank": config.r, **result._asdict()}
 
 
 def key(job: dict[str, Any]) -> tuple[Any, ...]:
     """What makes two trials the same one."""
-    return tuple(job[name] for name in ("method", "suite", "budget", "steps", "rate", "seed"))
+    plain = tuple(job[name] for name in ("method", "suite", "budget", "steps", "rate", "seed"))
+    return (*plain, json.dumps(job["difficulty"], sort_keys=True))
 
 
 class Trials:
-    """The trials done so far, on disk: one JSON object per line, appended as they end."""
+    """The trials done so far, on disk: one JSON object per line, appended as they end.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        train: whether `run` trains what is not on disk yet, or leaves it out.
+    """
+
+    def __init__(self, path: Path, train: bool = True) -> None:
+        self.path, self.train = path, train
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines() if path.exists() else []
-        self.done = {key(trial): trial for trial in map(json.loads, filter(None, lines))}
+        # Trials that recorded no difficulty were run with the suites' defaults.
+        trials = ({"difficulty": {}, **json.loads(line)} for line in lines if line)
+        self.done = {key(trial): trial for trial in trials}
 
     def run(self, jobs: list[dict[str, Any]], workers: int) -> list[dict[str, Any]]:
-        """The results of all jobs, running those that are not on disk yet."""
-        missing = [job for job in jobs if key(job) not in self.done]
+        """The results of the jobs, in order."""
+        missing = [job for job in jobs if key(job) not in self.done] if self.train else []
         if missing:
             from rich.progress import Progress
 
             with Progress() as progress, ProcessPoolExecutor(workers) as pool:
-                task = progress.add_task("trials", total=len(missing))
+                task = progress.add_task("{method} on {suite}".format(**missing[0]), total=len(missing))
                 for future in as_completed([pool.submit(run_one, job) for job in missing]):
                     self._keep(future.result())
                     progress.advance(task)
-        return [self.done[key(job)] for job in jobs]
+        return [self.done[key(job)] for job in jobs if key(job) in self.done]
 
     def _keep(self, trial: dict[str, Any]) -> None:
         with self.path.open("a") as file:
@@ -124,13 +149,34 @@ class Trials:
         self.done[key(trial)] = trial
 
 
-def best_rate(trials: Trials, method: str, suite: str, arguments: argparse.Namespace) -> float:
-    """The learning rate with the best mean score on the sweep's own seeds."""
-    jobs = [job(method, suite, rate, seed, arguments) for rate in RATES for seed in SWEEP_SEEDS]
-    scores: dict[float, list[float]] = {}
-    for trial in trials.run(jobs, arguments.workers):
-        scores.setdefault(trial["rate"], []).append(trial["score"])
-    return max(scores, key=lambda rate: statistics.mean(scores[rate]))
+def rate_of(step: int) -> float:
+    """Learning rate of a step of the sweep, to four digits, so that it is the same number wherever it is read."""
+    return float(f"{CENTRE * FACTOR**step:.4g}")
+
+
+def sweep(run: Callable[[float], list[dict[str, Any]]], say: Callable[[str], None] = print) -> Sweep:
+    """The rate with the best mean score, searched outwards until it lies at no edge or the limit is reached.
+
+    Args:
+        run: the sweep's trials at a rate.
+        say: is told why a rate is added, and when the limit stops the search.
+    """
+    tried: dict[int, list[dict[str, Any]]] = {}
+    wanted = list(START)
+    while True:
+        tried.update({step: run(rate_of(step)) for step in wanted})
+        mean = {step: statistics.mean(trial["score"] for trial in trials) for step, trials in tried.items()}
+        best = max(mean, key=lambda step: mean[step])
+        outwards = (best == max(tried)) - (best == min(tried))
+        at_edge = outwards != 0
+        found = f"{rate_of(best):g} is best ({mean[best]:.3f}) and an edge of the sweep"
+        if at_edge and abs(best + outwards) <= LIMIT:
+            wanted = [best + outwards]
+            say(f"{found}: {rate_of(wanted[0]):g} is added")
+            continue
+        if at_edge:
+            say(f"{found}, which ends here")
+        return Sweep(rate_of(best), at_edge, {rate_of(step): tried[step] for step in sorted(tried)})
 
 
 def job(method: str, suite: str, rate: float, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -138,6 +184,7 @@ def job(method: str, suite: str, rate: float, seed: int, arguments: argparse.Nam
     return {
         "method": method,
         "suite": suite,
+        "difficulty": DIFFICULTY.get(suite, {}),
         "rate": rate,
         "seed": seed,
         "budget": arguments.budget,
@@ -145,88 +192,21 @@ def job(method: str, suite: str, rate: float, seed: int, arguments: argparse.Nam
     }
 
 
-def paired_p_value(ours: list[float], theirs: list[float]) -> float:
-    """Two-sided sign-flip permutation test of the mean paired difference (exact for up to about 13 seeds)."""
-    from scipy.stats import permutation_test
+def find_rate(trials: Trials, method: str, suite: str, arguments: argparse.Namespace) -> Sweep | None:
+    """The method's sweep on a suite; `None` where it is not wanted or, in a report, not complete."""
+    if arguments.rate:
+        return Sweep(arguments.rate, False, {})
 
-    if all(math.isclose(a, b) for a, b in zip(ours, theirs, strict=True)):
-        return 1.0
-    outcome = permutation_test(
-        (ours, theirs), lambda a, b, axis: (a - b).mean(axis=axis), permutation_type="samples", vectorized=True
-    )
-    return float(outcome.pvalue)
+    def run(rate: float) -> list[dict[str, Any]]:
+        done = trials.run([job(method, suite, rate, seed, arguments) for seed in SWEEP_SEEDS], arguments.workers)
+        if len(done) < len(SWEEP_SEEDS):
+            raise LookupError(rate)
+        return done
 
-
-def summarise(suite: str, runs: dict[str, list[dict[str, Any]]], rates: dict[str, float]) -> list[dict[str, Any]]:
-    """One row per method: mean, spread, every seed, knowledge, and the paired test against each LoRA."""
-    rows = []
-    for method, trials in runs.items():
-        scores = [trial["score"] for trial in trials]
-        row: dict[str, Any] = {
-            "suite": suite,
-            "method": method,
-            "rate": rates[method],
-            "trainable": trials[0]["trainable"],
-            "mean": statistics.mean(scores),
-            "sd": statistics.stdev(scores) if len(scores) > 1 else 0.0,
-            "worst": min(scores),
-            "scores": scores,
-            "knowledge": statistics.mean(trial["knowledge"] for trial in trials),
-            "seconds": statistics.median(trial["seconds"] for trial in trials),
-        }
-        for baseline in ("lora", "lora-ffn"):
-            if baseline in runs and method != baseline:
-                for what in ("score", "knowledge"):
-                    ours, theirs = ([trial[what] for trial in runs[m]] for m in (method, baseline))
-                    row[f"p_{what}_{baseline}"] = paired_p_value(ours, theirs)
-        rows.append(row)
-    return rows
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The summary as Markdown."""
-    lines = [
-        "| suite | method | parameters | rate | exact match | worst seed | p: LoRA, LoRA on the FFN | facts kept | p: LoRA, "
-        "LoRA on the FFN | s per run | every seed |",
-        "|" + "---|" * 11,
-    ]
-    for r in rows:
-        score_p, knowledge_p = (
-            ", ".join(f"{r[name]:.3f}" if name in r else "–" for name in (f"p_{what}_lora", f"p_{what}_lora-ffn"))
-            for what in ("score", "knowledge")
-        )
-        seeds = " ".join(f"{score:.2f}" for score in r["scores"])
-        lines.append(
-            f"| {r['suite']} | {r['method']} | {r['trainable']:,} | {r['rate']:g} | {r['mean']:.3f} ± {r['sd']:.3f} | "
-            f"{r['worst']:.2f} | {score_p} | {r['knowledge']:.2f} | {knowledge_p} | {r['seconds']:.0f} | {seeds} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Every seed as a dot, the mean as a bar, for each suite and method; facts kept beneath."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    suites = list(dict.fromkeys(row["suite"] for row in rows))
-    figure, axes = plt.subplots(1, len(suites), figsize=(1.5 + 4.5 * len(suites), 4.5), squeeze=False, sharey=True)
-    for axis, suite in zip(axes[0], suites, strict=True):
-        chosen = [row for row in rows if row["suite"] == suite]
-        for x, row in enumerate(chosen):
-            axis.bar(
-                x, row["mean"], width=0.6, color="#9ecae1" if "lora" == row["method"][:4] else "#3182bd", alpha=0.6
-            )
-            axis.plot([x] * len(row["scores"]), row["scores"], "o", color="black", markersize=4, alpha=0.7)
-            axis.plot(x, row["knowledge"], "D", color="#d95f02", markersize=6)
-        axis.set_xticks(range(len(chosen)), [row["method"] for row in chosen], rotation=20)
-        axis.set_title(suite)
-        axis.set_ylim(0, 1.02)
-    axes[0][0].set_ylabel("exact match: each seed (dot), mean (bar)\nold facts kept (diamond)")
-    figure.suptitle(f"Equal trainable parameters, {len(rows[0]['scores'])} paired seeds")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    try:
+        return sweep(run, lambda sentence: print(f"{method} on {suite}: {sentence}"))
+    except LookupError:
+        return None
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -235,7 +215,7 @@ def parse_arguments() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=["fact8tag", "opconf8tag"])
+    parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=list(DIFFICULTY))
     parser.add_argument("--seeds", type=int, default=10, help="how many reported seeds")
     parser.add_argument("--first-seed", type=int, default=10, help="the first of them; 0 to 9 were used while tuning")
     parser.add_argument("--budget", type=int, default=190_000, help="trainable parameters")
@@ -244,36 +224,34 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="two seeds of lora and molora on fact8tag, no sweep")
+    parser.add_argument("--report", action="store_true", help="train nothing; report what is on disk")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.methods, arguments.suites, arguments.seeds = ["lora", "molora"], ["fact8tag"], 2
-        arguments.rate = arguments.rate or 4e-3
+        arguments.rate = arguments.rate or 4.5e-3
     return arguments
-
-
-def versions() -> dict[str, str]:
-    """Of everything that the figures depend on."""
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "transformers", "peft", "trl", "bitsandbytes", "peft-moe")}
 
 
 def main() -> None:
     arguments = parse_arguments()
-    trials = Trials(arguments.output / "trials.jsonl")
+    trials = Trials(arguments.output / "trials.jsonl", train=not arguments.report)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
-    rows: list[dict[str, Any]] = []
-    for suite in arguments.suites:
-        rates = {m: arguments.rate or best_rate(trials, m, suite, arguments) for m in arguments.methods}
-        jobs = [job(m, suite, rates[m], seed, arguments) for m in arguments.methods for seed in seeds]
-        runs: dict[str, list[dict[str, Any]]] = {m: [] for m in arguments.methods}
-        for trial in trials.run(jobs, arguments.workers):
-            runs[trial["method"]].append(trial)
-        rows += summarise(suite, runs, rates)
-        print(table(rows))
-    (arguments.output / "summary.json").write_text(json.dumps({"versions": versions(), "rows": rows}, indent=1))
-    (arguments.output / "summary.md").write_text(table(rows))
-    plot(rows, arguments.output / "summary.png")
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    sweeps: dict[tuple[str, str], Sweep] = {}
+    # One method after another, on every suite: what an interrupted run has, it has whole.
+    for method in arguments.methods:
+        for suite in arguments.suites:
+            found = find_rate(trials, method, suite, arguments)
+            done = found and trials.run(
+                [job(method, suite, found.rate, s, arguments) for s in seeds], arguments.workers
+            )
+            if found and done:
+                runs[suite, method], sweeps[suite, method] = done, found
+    rows = [row for suite in arguments.suites for row in summarise(suite, runs, sweeps)]
+    if not rows:
+        raise SystemExit(f"{trials.path} holds no trials of these methods and suites; run without --report first.")
+    settings = {"steps": arguments.steps, "budget": arguments.budget, "batch": 32, "difficulty": DIFFICULTY}
+    print(write_report(rows, settings, arguments.output))
     print(f"Written to {arguments.output}")
 
 

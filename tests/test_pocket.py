@@ -19,7 +19,7 @@ from moe_peft.pocket import (
     make_world,
     per_domain,
 )
-from moe_peft.pocket.suites import TAGS
+from moe_peft.pocket.suites import COMPOSABLE_SKILLS, TAGS
 from moe_peft.pocket.tokenizer import CHARACTERS, SPECIAL_TOKENS, make_tokenizer
 from moe_peft.pocket.world import ATTRIBUTES, SKILLS, TAGGED_SKILLS, Row, random_row, skill_row, tagged_row
 
@@ -255,6 +255,32 @@ def test_opconf8tag_means_something_else_than_what_was_taught(depth):
         assert share(same) < 0.5
 
 
+def chains_without_repeats(domains, used=()):
+    """One chain for each domain such that no place holds a skill twice, or None; `domains` are lists of candidates."""
+    if len(used) == len(domains):
+        return used
+    for chain in domains[len(used)]:
+        if not any(skill in place for skill, place in zip(chain, zip(*used, strict=True), strict=bool(used))):
+            found = chains_without_repeats(domains, (*used, chain))
+            if found:
+                return found
+    return None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_balanced_chains_hold_every_skill_once_in_each_place(seed):
+    suite = make_suite("opconf8tag", seed, balanced=True, num_train=40, num_test=8)
+    candidates = []
+    for tag in TAGS:
+        rows = [row for row in suite.train if row["domain"] == tag]
+        texts = [row["prompt"].removesuffix(">").split(":")[1] for row in rows]
+        answers = [row["completion"] for row in rows]
+        pairs = itertools.permutations(COMPOSABLE_SKILLS, 2)  # no skill after itself
+        candidates.append([(a, b) for a, b in pairs if [SKILLS[b](SKILLS[a](text)) for text in texts] == answers])
+    assert all(candidates)
+    assert len(chains_without_repeats(candidates)) == len(TAGS)
+
+
 def test_the_rows_can_be_written_as_json_lines():
     row = make_suite("multi").train[0]
     assert json.loads(json.dumps(row)) == row
@@ -277,6 +303,7 @@ def test_an_unknown_suite_is_refused_with_the_nearest_name():
         ("cipher8tag", {"num_letters": 7}, "`num_letters` is 7, .* 8 to 26"),
         ("cipher8tag", {"num_letters": 8, "longest": 2}, r"`num_train` \+ `num_test` is .* 1 to 32"),
         ("opconf8tag", {"depth": 4}, "`depth` is 4, .* 1, 2 or 3"),
+        ("opconf8tag", {"depth": 1, "balanced": True}, "`depth` is 1, .* 2 or 3"),
     ],
 )
 def test_impossible_difficulties_are_refused(name, difficulty, message):
