@@ -74,7 +74,7 @@ def switch_gradient(router_logits: Tensor, real: Tensor | None, load: Tensor, pr
     probs = router_logits.softmax(dim=-1) if probs is None else probs
     centred = probs * (load - (probs @ load).unsqueeze(-1))
     if real is None:
-        return centred * (load.shape[0] / centred.shape[0])
+        return centred * (load.shape[0] / max(centred.shape[0], 1))
     mask = real.to(probs.dtype)
     return centred * (mask * (load.shape[0] / mask.sum().clamp(min=1))).unsqueeze(-1)
 

@@ -358,6 +358,20 @@ def test_a_part_of_a_block_is_refused():
         adapt(make_tiny_llama(), target_modules=["up_proj", "down_proj", "q_proj"])
 
 
+def test_a_part_that_is_excluded_is_refused_with_what_was_written():
+    with pytest.raises(ValueError, match=r"`target_modules` is 'all-linear', .* but not .*up_proj.*`exclude_modules`"):
+        adapt(make_tiny_llama(), target_modules="all-linear", exclude_modules=["up_proj"])
+
+
+def test_no_tokens_are_no_error():
+    model = adapt(make_tiny_llama(layers=1)).train()
+    x = torch.zeros(0, 5, 64, requires_grad=True)
+    y = model.base_model.model.model.layers[0].mlp(x)
+    y.sum().backward()
+    assert y.shape == (0, 5, 64)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_targets_without_a_block_are_refused():
     with pytest.raises(
         ValueError, match=r"`target_modules` .*such as gate_proj, up_proj, down_proj.*`peft.LoraConfig`"

@@ -199,6 +199,7 @@ class FfnMoeModel(MoeTuner):
 
     def _prepare_model(self, peft_config: FfnMoeConfig, model: nn.Module) -> None:
         """Find the blocks, and refuse a part of one before anything is replaced."""
+        written = _short(peft_config.target_modules)
         _maybe_include_all_linear_layers(peft_config, model)
         self._block_names = find_blocks(model)
         if not self._block_names:
@@ -211,15 +212,16 @@ class FfnMoeModel(MoeTuner):
                 missing = [key for key in keys if key not in chosen]
                 raise refuse(
                     "target_modules",
-                    peft_config.target_modules,
+                    written,
                     f"all linears of an FFN block or none: it holds {', '.join(chosen)} but not {', '.join(missing)}",
-                    "The experts of a block share one router. Add the missing names, or leave `target_modules` out.",
+                    "The experts of a block share one router. Add the missing names, leave `target_modules` out, or see what "
+                    "`exclude_modules` takes away.",
                 )
             wanted += len(chosen)
         if not wanted:
             raise refuse(
                 "target_modules",
-                peft_config.target_modules,
+                written,
                 f"names that hold an FFN block, such as {', '.join(next(iter(self._block_names.values())).all)}",
                 "Without one there is nothing to route; for plain LoRA use `peft.LoraConfig`.",
             )
@@ -257,6 +259,12 @@ def _block(parent: nn.Module, names: BlockNames) -> MixedBlock:
         if isinstance(child, FfnMoeLinear) and child.block is not None:
             return child.block
     return MixedBlock(names, parent)
+
+
+def _short(target_modules: Any) -> Any:
+    """As the user wrote it, if that is short enough to be read in a sentence."""
+    names = sorted(target_modules) if isinstance(target_modules, set) else target_modules
+    return names if len(str(names)) <= 200 else f"{str(names)[:200]} ..."
 
 
 def _no_block(model: nn.Module) -> ValueError:
