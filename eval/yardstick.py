@@ -71,6 +71,7 @@ METHODS = {
         Method("molora", "molora", FFN),
         Method("mola", "mola", "all-linear", {"lora_dropout": 0.0}),
         Method("loramoe", "loramoe", FFN, {"lora_dropout": 0.0, "balance": "none"}),
+        Method("mixlora", "mixlora", "all-linear", {"lora_dropout": 0.0, "num_experts": 4}),
     )
 }
 
