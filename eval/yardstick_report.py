@@ -149,7 +149,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_title(suite)
         axis.set_ylim(0, 1.02)
     axes[0][0].set_ylabel("exact match: each seed (dot), mean (bar)\nold facts kept (diamond)")
-    figure.suptitle(f"Equal trainable parameters, {max(len(row['scores']) for row in rows)} paired seeds")
+    figure.suptitle(f"Equal trainable parameters, up to {max(len(row['scores']) for row in rows)} paired seeds")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
