@@ -86,7 +86,7 @@ class _MixedHidden(Function):
         num_experts, r, _ = lora_A_out.shape
         A = lora_A_out.to(base[0].dtype).flatten(0, 1)
         grad_S, grad_z = (grad.to(A.dtype) for grad in grads)
-        out = _Gradients.zeros(weights, A, base, hidden, lora_B, ctx.needs_input_grad[7])
+        out = _Gradients.zeros(weights, A, base, hidden, lora_B, any(ctx.needs_input_grad[7 : 7 + len(base)]))
         with torch.autocast(A.device.type, enabled=False):
             for piece in pieces(ctx.plan, index, weights, num_experts, r):
                 weight = taken(weights[:, piece.slot], piece.tokens).to(A.dtype)

@@ -126,7 +126,7 @@ def _how_many(plan: ExportPlan) -> tuple[int, int]:
 
     if size(total) <= SMALL:
         return total, size(total)
-    few = min(total, max(2, min(plan.choice.slots) + 1))
+    few = min(total, max(2, min(set(plan.choice.slots) - set(plan.choice.uniform), default=0) + 1))
     return few, size(few)
 
 

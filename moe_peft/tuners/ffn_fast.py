@@ -119,9 +119,9 @@ class FastForward:
 
 def _hooked(layer: nn.Module) -> bool:
     """Whether somebody wants to see the linear called."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def _whole(leaf: FfnExperts) -> bool:
     """Whether the adapter's weights are here: ZeRO-3 and FSDP put them away between calls of their module."""
-    return not any(hasattr(p, "ds_id") or p.numel() == 0 for p in leaf.parameters())
+    return not any(hasattr(p, "ds_id") or p.is_meta or p.numel() == 0 for p in leaf.parameters())

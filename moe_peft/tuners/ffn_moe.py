@@ -53,6 +53,10 @@ class MixedBlock:
         self.pending: Pending | None = None
         self.fast = FastForward.install(self, parent)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not in the middle of a pass, even if this one was stopped there."""
+        return {**self.__dict__, "pending": None}
+
     def routing(self, x: Tensor, adapter_name: str) -> Routing:
         """The routing for the block's input, computed by the first of its linears that asks."""
         if self.pending is None or self.pending.x is not x or self.pending.adapter_name != adapter_name:
