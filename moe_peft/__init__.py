@@ -16,9 +16,11 @@ from moe_peft.callbacks import MoeCallback, install  # noqa: E402  (the enum mem
 from moe_peft.catalogue import from_catalogue  # noqa: E402
 from moe_peft.collator import TaskTypeCollator  # noqa: E402
 from moe_peft.config import FfnMoeConfig, LinearMoeConfig  # noqa: E402
+from moe_peft.context import set_aux_scale, set_step, task_types  # noqa: E402
 from moe_peft.tuners import base  # noqa: E402
 from moe_peft.tuners.ffn_moe import FfnMoeModel  # noqa: E402
 from moe_peft.tuners.linear_moe import LinearMoeModel  # noqa: E402
+from moe_peft.watch import update_selection_bias  # noqa: E402
 
 
 registration.register("linear_moe", LinearMoeConfig, LinearMoeModel)
@@ -34,4 +36,8 @@ __all__ = [
     "MoeCallback",
     "TaskTypeCollator",
     "from_catalogue",
+    "set_aux_scale",
+    "set_step",
+    "task_types",
+    "update_selection_bias",
 ]

@@ -27,6 +27,7 @@ __all__ = [
     "RoutingContext",
     "balanced",
     "localized_step",
+    "loss_step",
     "set_aux_scale",
     "switch_step",
 ]
@@ -44,6 +45,7 @@ class MicroBatch(NamedTuple):
         task_types: `[B]` or None.
         counts: `[E]`, how many real tokens chose each expert (under a dense rule the weight that it got).
         probs: `[T, E]`, the softmax of the logits.
+        rows: B, or 0 where it is not known.
     """
 
     routing: Routing
@@ -51,6 +53,7 @@ class MicroBatch(NamedTuple):
     task_types: Tensor | None
     counts: Tensor
     probs: Tensor
+    rows: int = 0
 
 
 class RouterState:
@@ -61,12 +64,16 @@ class RouterState:
 
     Attributes:
         load: `[E]`, decaying counts of the slots that each expert got (window `LOAD_WINDOW` micro-batches), or None.
+        step_counts: `[E + 1]`, the same since the last optimizer step and not decaying, then the number of tokens; None
+            before any. Kept where `collects` is set, for the selection bias.
         counts, probability: `[E]`, sums over the tokens seen since `reset`, or None before any.
         entropy, tokens: scalars, likewise; entropy in nats, summed over tokens.
     """
 
     def __init__(self) -> None:
         self.load: Tensor | None = None
+        self.collects = False
+        self.step_counts: Tensor | None = None
         self.reset()
         self._register()
 
@@ -99,6 +106,12 @@ class RouterState:
         sums = columns.sum(0) if real is None else real.to(probs.dtype) @ columns  # one pass over the tokens for all
         self._sums = sums if _is_other(self._sums, sums) else torch.add(sums, self._sums)
         return sums[: probs.shape[1]], probs
+
+    @torch.no_grad()
+    def collect(self, counts: Tensor, tokens: Tensor) -> None:
+        """Add one micro-batch to the counts of this optimizer step."""
+        new = torch.cat((counts, tokens.reshape(1)))
+        self.step_counts = new if _is_other(self.step_counts, new) else torch.add(new, self.step_counts)
 
     @property
     def counts(self) -> Tensor | None:
@@ -156,6 +169,15 @@ def localized_step(delta: float, variant: str = "cv2") -> BalanceGradient:
     return step
 
 
+def loss_step(loss: Callable[[Tensor, MicroBatch, RoutingRule, int], Tensor]) -> BalanceGradient:
+    """The gradient of `loss(logits, micro_batch, rule, top_k)`, by autograd from its definition."""
+
+    def step(state: RouterState, batch: MicroBatch, rule: RoutingRule, top_k: int) -> Tensor:
+        return torch.func.grad(lambda logits: loss(logits, batch, rule, top_k))(batch.routing.router_logits)
+
+    return step
+
+
 class _Settings(NamedTuple):
     """What backward needs besides tensors and the state."""
 
@@ -167,12 +189,16 @@ class _Settings(NamedTuple):
 
 
 def _counted(
-    grad: Tensor, logits: Tensor, real: Tensor | None, task_types: Tensor | None, state: RouterState
+    grad: Tensor, logits: Tensor, real: Tensor | None, task_types: Tensor | None, state: RouterState, rows: int
 ) -> Tensor:
     """`grad` plus the balance gradient; the state counts the micro-batch."""
     rule, top_k, coef, gradient, context = state.settings
     routing = rule(logits, top_k)
-    batch = MicroBatch(routing, real, task_types, *state.observe(routing, real))
+    batch = MicroBatch(routing, real, task_types, *state.observe(routing, real), rows)
+    if state.collects:
+        state.collect(
+            batch.counts, logits.new_tensor(logits.shape[0]) if real is None else real.sum().to(logits.dtype)
+        )
     if gradient is None or not coef:
         return grad
     return torch.add(grad, gradient(state, batch, rule, top_k), alpha=coef * context.scale)
@@ -184,18 +210,20 @@ _TAGS = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph
 
 @torch.library.custom_op("moe_peft::counted", mutates_args=(), **_TAGS)
 def _counted_by_number(
-    grad: Tensor, logits: Tensor, real: Tensor | None, task_types: Tensor | None, number: Tensor
+    grad: Tensor, logits: Tensor, real: Tensor | None, task_types: Tensor | None, number: Tensor, rows: int
 ) -> Tensor:
     """`_counted` for a compiled graph, which may neither hold nor change Python objects: it knows the state by number.
 
     It takes `grad` so that the compiler cannot move it into the forward pass, where it would count too often.
     """
-    result = _counted(grad, logits, real, task_types, _states[int(number)])
+    result = _counted(grad, logits, real, task_types, _states[int(number)], rows)
     return grad.clone() if result is grad else result  # an operator may not return what it was given
 
 
 @_counted_by_number.register_fake
-def _(grad: Tensor, logits: Tensor, real: Tensor | None, task_types: Tensor | None, number: Tensor) -> Tensor:
+def _(
+    grad: Tensor, logits: Tensor, real: Tensor | None, task_types: Tensor | None, number: Tensor, rows: int
+) -> Tensor:
     return torch.empty_like(grad)
 
 
@@ -204,20 +232,26 @@ class _Balanced(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, real: Tensor | None, task_types: Tensor | None, number: Tensor, state: RouterState
+        ctx: Any,
+        logits: Tensor,
+        real: Tensor | None,
+        task_types: Tensor | None,
+        number: Tensor,
+        state: RouterState,
+        rows: int,
     ) -> Tensor:
         ctx.save_for_backward(logits, real, task_types, number)
-        ctx.state = state
+        ctx.state, ctx.rows = state, rows
         return logits.view_as(logits)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits, real, task_types, number = ctx.saved_tensors
         if torch.compiler.is_compiling():
-            grad = _counted_by_number(grads[0], logits, real, task_types, number)
+            grad = _counted_by_number(grads[0], logits, real, task_types, number, ctx.rows)
         else:
-            grad = _counted(grads[0], logits, real, task_types, ctx.state)
-        return grad, None, None, None, None
+            grad = _counted(grads[0], logits, real, task_types, ctx.state, ctx.rows)
+        return grad, None, None, None, None, None
 
 
 def balanced(
@@ -230,6 +264,7 @@ def balanced(
     real: Tensor | None,
     task_types: Tensor | None,
     context: RoutingContext,
+    rows: int = 0,
 ) -> Tensor:
     """The logits, unchanged; in backward `coef * scale * d(balance loss)/d(logits)` joins their gradient.
 
@@ -244,6 +279,7 @@ def balanced(
         real: `[T]` bool or None.
         task_types: `[B]` or None.
         context: of the model, for its scale.
+        rows: how many rows the tokens are of, or 0 where it is not known.
     """
     state.settings = _Settings(rule, top_k, coef, gradient, context)
-    return _Balanced.apply(logits, real, task_types, state.number, state)
+    return _Balanced.apply(logits, real, task_types, state.number, state, rows)

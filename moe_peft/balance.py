@@ -11,7 +11,7 @@ from moe_peft.errors import refuse
 from moe_peft.routing import Routing, assignments, dense_weights
 
 
-BALANCES = ("switch", "localized", "none")
+BALANCES = ("switch", "switch_local", "sequence", "bias", "cv2", "mi", "localized", "none")
 """The values of the config field `balance`."""
 
 LOAD_WINDOW = 10

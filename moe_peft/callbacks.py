@@ -30,6 +30,7 @@ from moe_peft.watch import (
     collapse,
     device_of,
     find_routers,
+    move_biases,
     read_windows,
 )
 
@@ -108,6 +109,7 @@ class MoeCallback(TrainerCallback, ExportableState):
         self._routers = find_routers(model)
         for name, router in self._routers.items():
             router.state.reset()
+            router.state.step_counts = None
             router.state.load = torch.tensor(loads[name], device=device_of(router)) if name in loads else None
 
     def on_step_begin(
@@ -118,6 +120,7 @@ class MoeCallback(TrainerCallback, ExportableState):
             scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
             passes = micro_batches(args, state, kwargs.get("train_dataloader"))
             self._context.scale_balance(scale / passes, still_training())
+            self._context.step = state.global_step
 
     def on_pre_optimizer_step(
         self,
@@ -145,6 +148,7 @@ class MoeCallback(TrainerCallback, ExportableState):
     ) -> None:
         if self._in_charge():
             average_loads(self._routers)
+            move_biases(self._routers.values())
 
     def on_log(
         self,
@@ -165,7 +169,7 @@ class MoeCallback(TrainerCallback, ExportableState):
     ) -> None:
         if self._in_charge() and self._context is not None:
             self._context.scale_balance(1.0)
-            self._context.watching = False
+            self._context.watching, self._context.step = False, None
             self._routers = {}
 
     def state(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The samples' task types on their way from the data set to the model, for `balance="localized"` (LoRAMoE)."""
+"""The samples' task types on their way from the data set to the model: for LoRAMoE's balance, and for groups of experts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,12 +21,19 @@ class TaskTypeCollator:
 
     Args:
         collator: what makes a batch of rows without the column.
-        column: where a row keeps its task type: 0 for world knowledge, 1 for other tasks.
+        column: where a row keeps its task type: a whole number from 0. Under `balance="localized"` 0 is world knowledge
+            and 1 any other task; with `expert_groups` type t is its entry t.
+        num_types: how many there are.
     """
 
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], column: str = "task_type") -> None:
+    def __init__(
+        self,
+        collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        column: str = "task_type",
+        num_types: int = 2,
+    ) -> None:
         self.collator = collator
-        self.column = column
+        self.column, self.num_types = column, num_types
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if any(self.column not in row for row in rows):
@@ -38,12 +45,13 @@ class TaskTypeCollator:
                 "holds several samples and has no task type of its own.",
             )
         task_types = torch.tensor([int(row[self.column]) for row in rows])
-        if any(kind not in (0, 1) for kind in task_types.tolist()):
+        if any(not 0 <= kind < self.num_types for kind in task_types.tolist()):
             raise refuse(
                 self.column,
                 sorted(set(task_types.tolist())),
-                "0 (world knowledge) or 1 (other tasks) in every row",
-                "Map your task names to these two before training.",
+                f"whole numbers from 0 to {self.num_types - 1} in every row",
+                "Map your task names to them before training, or raise `num_types` of the collator. Under "
+                "`balance='localized'` 0 is world knowledge and 1 any other task.",
             )
         batch = self.collator([{key: value for key, value in row.items() if key != self.column} for row in rows])
         if batch["input_ids"].shape[0] != len(rows):

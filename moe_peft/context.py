@@ -6,9 +6,10 @@ backward pass do not see each other's masks.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,12 @@ from moe_peft.masks import real_from_mask
 
 
 _live: "WeakSet[RoutingContext]" = WeakSet()
+
+_PASSING = {"real": None, "prompt": None, "embeddings": None, "cache": None, "decoding": None}
+"""What belongs to one pass and not to a copy of the model."""
+
+_OURS = ("task_types", "prompt_mask", "routing_embeddings")
+"""Arguments that travel through the model's layers to the attention for us, and are taken out there."""
 
 
 def set_aux_scale(scale: float, model: nn.Module | None = None) -> None:
@@ -37,15 +44,81 @@ def set_aux_scale(scale: float, model: nn.Module | None = None) -> None:
             context.scale_balance(scale)
 
 
-def no_task_types() -> ValueError:
-    """What to do where a balance loss needs the samples' task types and the batch has none."""
+def no_task_types(field: str = "balance", value: Any = "localized", otherwise: str = "'none'") -> ValueError:
+    """What to do where routing or its balance needs the samples' task types and the batch has none.
+
+    Args:
+        field, value: of the config, that which needs them.
+        otherwise: what the field may be without them.
+    """
+    return refuse(
+        field,
+        value,
+        f"{otherwise} where the model is not told the samples' task types",
+        "Add a column `task_type` to the data set (whole numbers from 0; for LoRAMoE 0 is world knowledge and 1 other "
+        "tasks) and wrap the trainer's collator: `trainer.data_collator = "
+        "moe_peft.TaskTypeCollator(trainer.data_collator)`, with `remove_unused_columns=False`. A loop of your own calls "
+        "`model(..., task_types=tensor)`, one number per row; around `generate` use `with moe_peft.task_types(model, [...])`.",
+    )
+
+
+def set_step(model: nn.Module, step: int | None) -> None:
+    """Say which optimizer step a loop of your own is at, for `schedule_steps`. `MoeCallback` does so under a trainer.
+
+    Args:
+        model: with routed layers.
+        step: from 0; None is the end of every schedule, which is also where inference always is.
+    """
+    for context in _contexts(model):
+        context.step = step
+
+
+@contextmanager
+def task_types(model: nn.Module, types: Tensor | list[int]) -> Iterator[None]:
+    """Every pass within is about samples of these types: for `generate`, which takes no `task_types` of its own.
+
+    Args:
+        model: with routed layers.
+        types: one whole number for each row of the batch; with beams, each counts for all beams of its row.
+    """
+    types = torch.as_tensor(types)
+    contexts = _contexts(model)
+    before = [context.fixed_types for context in contexts]
+    for context in contexts:
+        context.fixed_types = types
+    try:
+        yield
+    finally:
+        for context, old in zip(contexts, before, strict=True):
+            context.fixed_types = old
+
+
+def _contexts(model: nn.Module) -> list["RoutingContext"]:
+    found = {
+        id(c): c for module in model.modules() if isinstance(c := getattr(module, "context", None), RoutingContext)
+    }
+    return list(found.values())
+
+
+def no_prompt() -> ValueError:
+    """What to do where routing by sequence cannot know where the prompt ends."""
+    return refuse(
+        "router_granularity",
+        "sequence",
+        "'token' where the model is not told which tokens are the prompt",
+        "A router that looks at the answer while it learns would do otherwise in use. Pass `labels` with -100 on the "
+        "prompt (TRL: `completion_only_loss=True`, or prompts and completions in separate columns), or a bool tensor "
+        "`prompt_mask` of the shape of `input_ids`.",
+    )
+
+
+def no_rows(balance: str) -> ValueError:
+    """What to do where a balance loss is by row and the router cannot tell the rows apart."""
     return refuse(
         "balance",
-        "localized",
-        "'none' where the model is not told the samples' task types",
-        "Add a column `task_type` to the data set (0 for world knowledge, 1 for other tasks) and wrap the trainer's "
-        "collator: `trainer.data_collator = moe_peft.TaskTypeCollator(trainer.data_collator)`, with "
-        "`remove_unused_columns=False`. A loop of your own calls `model(..., task_types=tensor)`, one number per row.",
+        balance,
+        "'switch', 'cv2' or 'bias' where a router does not see rows of tokens",
+        "The input of the layer has lost its rows, as in some encoders and in padding-free batches.",
     )
 
 
@@ -57,7 +130,19 @@ class RoutingContext:
 
     Attributes:
         real: `[B, S]` bool for the layer that runs now, or None when every token is real.
-        task_types: `[B]` or None.
+        task_types: `[B]` or `[B, S]`, or None.
+        fixed_types: `[B]` for passes that bring no task types along; see `task_types`.
+        rows: B of the batch that the layer works on, or 0 before any attention has seen it.
+        step: of the optimizer, or None; see `set_step`.
+        wants_prompt: some router routes whole sequences by their prompt.
+        prompt: `[B, S]` bool, the tokens that such a router may look at; None is every real one.
+        cache: of the generation that is going on, or None.
+        decoding: the same, once the prompt has passed.
+        pinned: for each such cache, what the routers decided on its prompt, by router.
+        units: the layers that follow one router, by scope and place (`tuners.scopes`).
+        embedding_width: d of the input embeddings, 0 where the model has none.
+        wants_embeddings: some router looks at the model's input embeddings.
+        embeddings: `[B, S, d]` for it.
         recording: count in inference too (for the routing report).
         counted: `[B, S]` bool, the only positions that a recording counts; None counts every real one.
         watching: count in training even where no balance loss asks for it.
@@ -67,6 +152,18 @@ class RoutingContext:
     def __init__(self) -> None:
         self.real: Tensor | None = None
         self.task_types: Tensor | None = None
+        self.fixed_types: Tensor | None = None
+        self.rows = 0
+        self.step: int | None = None
+        self.wants_prompt = self.wants_embeddings = False
+        self.units: dict[tuple[str, str], Any] = {}
+        self.embedding_width = 0
+        self.prompt: Tensor | None = None
+        self.embeddings: Tensor | None = None
+        self.cache: Any = None
+        self.decoding: Any = None
+        self.pinned: WeakKeyDictionary[Any, dict[int, Tensor]] = WeakKeyDictionary()
+        self.prompt_length: int | None = None
         self.recording = False
         self.counted: Tensor | None = None
         self.watching = False
@@ -77,11 +174,13 @@ class RoutingContext:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy belongs to no trainer: what one has set on this model is not set on the copy."""
-        fresh = {} if self._running is None else {"watching": False, "scale": 1.0, "_running": None}
-        return {**self.__dict__, **fresh}
+        fresh = {} if self._running is None else {"watching": False, "scale": 1.0, "_running": None, "step": None}
+        kept = {name: value for name, value in self.__dict__.items() if name != "pinned"}
+        return {**kept, **fresh, **_PASSING}
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         self.__dict__.update(values)
+        self.pinned = WeakKeyDictionary()
         _live.add(self)
 
     def scale_balance(self, scale: float, running: Callable[[], bool] | None = None) -> None:
@@ -101,7 +200,9 @@ class RoutingContext:
         In a hybrid model, layers before the first attention count padding as text.
         """
         if not any(getattr(hook, "__self__", None) is self for hook in model._forward_pre_hooks.values()):
-            model.register_forward_pre_hook(self._before_model)
+            model.register_forward_pre_hook(self._before_model, with_kwargs=True)
+        embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+        self.embedding_width = getattr(embeddings, "embedding_dim", 0)
         for module in model.modules():
             if "Attention" not in type(module).__name__ or "attention_mask" not in self._names(module):
                 continue
@@ -109,12 +210,53 @@ class RoutingContext:
             if not hooked:
                 module.register_forward_pre_hook(self._before_attention, with_kwargs=True)
 
-    def _before_model(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         # Layers before the first attention (hybrid models) must not see the mask of the batch before; they see none.
-        self.real = self.task_types = None
+        self.real = self.task_types = self.prompt = self.embeddings = self.cache = self.decoding = None
+        self.rows = 0
         if self._running is not None and not torch.compiler.is_compiling() and not self._running():
             self.scale_balance(1.0)
-            self.watching = False
+            self.watching, self.step = False, None
+        if not (self.wants_prompt or self.wants_embeddings):
+            return args, kwargs
+        given = {**dict(zip(self._names(module), args, strict=False)), **kwargs}
+        return args, {**kwargs, **self._for_routers(module, given)}
+
+    def _for_routers(self, module: nn.Module, given: dict[str, Any]) -> dict[str, Tensor]:
+        """Arguments for the attention to hand over. As arguments they are replayed when a layer is recomputed."""
+        extra: dict[str, Tensor] = {}
+        if self.wants_prompt and given.get("prompt_mask") is None:
+            prompt = self._prompt(module, given)
+            if prompt is not None:
+                extra["prompt_mask"] = prompt
+        if self.wants_embeddings:
+            embeddings, ids = given.get("inputs_embeds"), given.get("input_ids")
+            if embeddings is None and ids is not None:
+                embeddings = module.get_input_embeddings()(ids)  # type: ignore[operator]
+            if embeddings is not None:
+                extra["routing_embeddings"] = embeddings.detach()
+        return extra
+
+    def _prompt(self, module: nn.Module, given: dict[str, Any]) -> Tensor | None:
+        if given.get("labels") is not None:
+            return given["labels"] == -100
+        if module.training and torch.is_grad_enabled():
+            raise no_prompt()
+        ids = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        if ids is None or given.get("past_key_values") is not None or self.prompt_length is None:
+            return None
+        self.prompt_length = self.prompt_length or ids.shape[1]  # 0 before the first pass of a call
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        return (columns < self.prompt_length).expand(ids.shape[0], -1)
+
+    @contextmanager
+    def one_call(self) -> Iterator[None]:
+        """One call of the user's: its first pass is the prompt, later ones without a cache repeat and extend it."""
+        before, self.prompt_length = self.prompt_length, 0
+        try:
+            yield
+        finally:
+            self.prompt_length = before
 
     def release(self, model: nn.Module) -> None:
         """Take the hooks off again, for when the model gets its linear layers back."""
@@ -132,8 +274,44 @@ class RoutingContext:
         counted = self.counted.reshape(-1)
         return counted if real is None else real & counted
 
+    def prompt_tokens(self, rows: int, columns: int, like: Tensor) -> Tensor:
+        """Which tokens a router of whole sequences looks at, `[rows, columns, 1]` of 0 and 1.
+
+        Raises:
+            ValueError: in training, if the prompt did not arrive.
+        """
+        seen = like.new_ones(rows, columns, 1)
+        if self.real is not None and self.real.numel() == rows * columns:
+            seen = seen * self.real.reshape(rows, columns, 1).to(seen.dtype)
+        if self.prompt is not None and self.prompt.numel() == rows * columns:
+            return seen * self.prompt.reshape(rows, columns, 1).to(seen.dtype)
+        if like.requires_grad:
+            raise no_prompt()
+        return seen
+
+    def pin(self, router: int, decided: Tensor) -> None:
+        """Keep what a prompt has decided for the tokens that are generated after it."""
+        if self.cache is not None:
+            self.pinned.setdefault(self.cache, {})[router] = decided.detach()
+
+    def required_embeddings(self, x: Tensor) -> Tensor:
+        """The input embeddings of the tokens that `x [*, d_in]` is about, `[B, S, d]`.
+
+        Raises:
+            ValueError: if they did not arrive.
+        """
+        found = self.embeddings
+        if found is None or found.numel() // found.shape[-1] != x.numel() // x.shape[-1]:
+            raise refuse(
+                "router_scope",
+                "model",
+                "another scope where the model does not hand its input embeddings on to its layers",
+                "Use 'block', which needs nothing of the model.",
+            )
+        return found
+
     def required_task_types(self) -> Tensor:
-        """The samples' task types, `[B]`.
+        """The samples' task types, `[B]` or `[B, S]`.
 
         Raises:
             ValueError: if the model was not told.
@@ -141,6 +319,19 @@ class RoutingContext:
         if self.task_types is None:
             raise no_task_types()
         return self.task_types
+
+    def types_of_tokens(self, tokens: int) -> Tensor:
+        """The type of each token, `[tokens]`.
+
+        Raises:
+            ValueError: if the model was not told.
+        """
+        types = self.task_types if self.task_types is not None else self.fixed_types
+        if types is None:
+            raise no_task_types("expert_groups", "given", "None")
+        if types.numel() != tokens:  # one for each row, and with beams for each of the row's beams
+            types = types.reshape(-1, 1).expand(-1, tokens // types.numel())
+        return types.reshape(-1)
 
     def _names(self, module: nn.Module) -> tuple[str, ...]:
         """What the module's forward calls its arguments."""
@@ -150,21 +341,35 @@ class RoutingContext:
         return self._names_of[kind]
 
     def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        task_types = kwargs.get("task_types")
-        if "task_types" in kwargs:
-            kwargs = {name: value for name, value in kwargs.items() if name != "task_types"}
+        ours = {name: kwargs[name] for name in _OURS if kwargs.get(name) is not None}
+        if any(name in kwargs for name in _OURS):
+            kwargs = {name: value for name, value in kwargs.items() if name not in _OURS}
         given = {**dict(zip(self._names(module), args, strict=False)), **kwargs}
         if given.get("key_value_states") is not None or given.get("encoder_hidden_states") is not None:
             return args, kwargs  # cross-attention: its mask is about another sequence
         states = given.get("hidden_states", args[0] if args else None)
         states = states if isinstance(states, Tensor) and states.dim() == 3 else None
+        task_types = ours.get("task_types")
         self.task_types = None if task_types is None else _one_per_row(task_types, states)
-        watched = self.recording or (module.training and torch.is_grad_enabled())
+        self.rows = 0 if states is None else states.shape[0]
+        self.prompt, self.embeddings = ours.get("prompt_mask"), ours.get("routing_embeddings")
+        if self.wants_prompt:
+            self.cache = _cache_of(given)
+            layer = getattr(module, "layer_idx", None) or 0
+            self.decoding = self.cache if self.cache is not None and int(self.cache.get_seq_length(layer)) else None
+        watched = self.recording or self.wants_prompt or (module.training and torch.is_grad_enabled())
         self.real = real_from_mask(given.get("attention_mask"), states) if watched else None
         return args, kwargs
 
 
+def _cache_of(given: dict[str, Any]) -> Any:
+    cache = given.get("past_key_values", given.get("past_key_value"))
+    return cache if hasattr(cache, "get_seq_length") else None
+
+
 def _one_per_row(task_types: Tensor, states: Tensor | None) -> Tensor:
+    if states is not None and task_types.shape == states.shape[:2]:
+        return task_types
     if task_types.dim() != 1 or (states is not None and task_types.shape[0] != states.shape[0]):
         rows = "one number per row" if states is None else f"{states.shape[0]} numbers, one per row of the batch"
         raise refuse(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from moe_peft.products import stacked_products
 from moe_peft.routing import Routing
 
 
@@ -27,7 +28,7 @@ def lora_experts_naive(x: Tensor, lora_A: Tensor, lora_B: Tensor, routing: Routi
 
     Args:
         x: `[T, d_in]`.
-        lora_A: `[E, r, d_in]`.
+        lora_A: `[E, r, d_in]`, or `[1, r, d_in]` where all experts share it.
         lora_B: `[E, r, d_out]`.
         routing: its weights multiply the experts' outputs.
 
@@ -37,37 +38,12 @@ def lora_experts_naive(x: Tensor, lora_A: Tensor, lora_B: Tensor, routing: Routi
     out = x.new_zeros(x.shape[0], lora_B.shape[-1])
     index = routing.top_k_index
     if index is None:
-        index = torch.arange(lora_A.shape[0], device=x.device).expand(x.shape[0], -1)
-    for expert, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
+        index = torch.arange(lora_B.shape[0], device=x.device).expand(x.shape[0], -1)
+    for expert, (A, B) in enumerate(zip(lora_A.expand(len(lora_B), -1, -1), lora_B, strict=True)):
         token, slot = torch.where(index == expert)
         weight = routing.top_k_weights[token, slot, None]
         out = out.index_add(0, token, (weight * (x[token] @ A.T @ B)).to(out.dtype))
     return out
-
-
-class _StackedIn(Function):
-    """`x -> (A_cat x, R x)` in one product. Saves x and the two factors, never their concatenation."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, lora_A: Tensor, router: Tensor) -> tuple[Tensor, Tensor]:
-        cast = x.to(lora_A.dtype)
-        ctx.save_for_backward(x if x.element_size() < cast.element_size() else cast, lora_A, router)
-        both = torch.cat((lora_A.flatten(0, 1), router)) @ cast.reshape(-1, x.shape[-1]).T
-        return both[: -router.shape[0]], both[-router.shape[0] :].T
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, lora_A, router = ctx.saved_tensors
-        grad = torch.cat((grads[0], grads[1].T))
-        grad_x = grad_A = grad_router = None
-        if ctx.needs_input_grad[0]:
-            # Made in the shape of x, not viewed: autograd may then add the frozen layer's gradient to it in place.
-            grad_x = grad.T.view(*x.shape[:-1], grad.shape[0]) @ torch.cat((lora_A.flatten(0, 1), router))
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            both = grad @ x.reshape(-1, x.shape[-1]).to(grad.dtype)
-            grad_A, grad_router = both[: -router.shape[0]].view_as(lora_A), both[-router.shape[0] :]
-        return grad_x, grad_A, grad_router
 
 
 class _DroppedIn(Function):
@@ -104,7 +80,7 @@ class _ExpertsOut(Function):
         gates = _gates(weights, index, lora_B.shape[0], hidden.dtype)
         ctx.save_for_backward(hidden, lora_B, gates, index)
         ctx.scale, ctx.weights_dtype = scale, weights.dtype
-        return _product_added(y, _gated(hidden, gates), lora_B, scale)
+        return _product_added(y, _gated(hidden, gates, lora_B.shape[1]), lora_B, scale)
 
     @staticmethod
     @once_differentiable
@@ -114,13 +90,16 @@ class _ExpertsOut(Function):
         grad_gated = _scaled_product(lora_B.flatten(0, 1), grad_y.T, ctx.scale)
         grad_B = grad_weights = None
         if ctx.needs_input_grad[2]:
-            grad_B = _scaled_product(_gated(hidden, gates), grad_y, ctx.scale).view_as(lora_B)
+            grad_B = _scaled_product(_gated(hidden, gates, lora_B.shape[1]), grad_y, ctx.scale).view_as(lora_B)
         if ctx.needs_input_grad[3]:
-            products = (hidden * grad_gated).view(*lora_B.shape[:2], -1)
+            r, tokens = lora_B.shape[1], hidden.shape[1]
+            products = hidden.view(len(hidden) // r, r, tokens) * grad_gated.view(len(lora_B), r, tokens)
             grad_weights = products.sum(1, dtype=ctx.weights_dtype).T
             if index is not None:
                 grad_weights = grad_weights.gather(1, index)
-        grad_hidden = _gated(grad_gated, gates)
+        grad_hidden = _gated(grad_gated, gates, lora_B.shape[1])
+        if len(hidden) < len(grad_hidden):  # one A for all experts
+            grad_hidden = grad_hidden.view(len(lora_B), *hidden.shape).sum(0)
         return (grads[0] if ctx.needs_input_grad[0] else None), grad_hidden, grad_B, grad_weights, None, None
 
 
@@ -132,11 +111,11 @@ def _gates(weights: Tensor, index: Tensor | None, num_experts: int, dtype: torch
     return rows.new_zeros(num_experts, rows.shape[1]).scatter_(0, index.T, rows)
 
 
-def _gated(hidden: Tensor, gates: Tensor) -> Tensor:
-    """Each expert's r rows of `hidden [E * r, T]` times its row of `gates [E, T]`."""
+def _gated(hidden: Tensor, gates: Tensor, r: int) -> Tensor:
+    """Each expert's r rows of `hidden [E * r, T]`, or the r rows that all share, times its row of `gates [E, T]`."""
     num_experts, tokens = gates.shape
-    by_expert = hidden.view(num_experts, hidden.shape[0] // num_experts, tokens)
-    return (by_expert * gates.unsqueeze(1)).reshape(hidden.shape)
+    by_expert = hidden.view(len(hidden) // r, r, tokens)
+    return (by_expert * gates.unsqueeze(1)).reshape(num_experts * r, tokens)
 
 
 def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -165,7 +144,8 @@ def stacked_in(x: Tensor, lora_A: Tensor, router: Tensor, dropout: float = 0.0) 
     """
     if dropout:
         return cast(Any, _DroppedIn).apply(x, lora_A, router, dropout)
-    return cast(Any, _StackedIn).apply(x, lora_A, router)
+    hidden, logits = stacked_products(x, (lora_A.flatten(0, 1), router))
+    return hidden, logits.T
 
 
 def experts_out(
@@ -175,7 +155,7 @@ def experts_out(
 
     Args:
         y: `[T, d_out]`, the frozen layer's output; its dtype is that of the result.
-        hidden: `[E * r, T]`.
+        hidden: `[E * r, T]`, or `[r, T]` where all experts share one A (HydraLoRA, arXiv:2404.19245).
         lora_B: `[E, r, d_out]`, contiguous, of the dtype of `hidden`.
         weights: `[T, K]`.
         index: `[T, K]` or None for all experts in order.
@@ -186,7 +166,8 @@ def experts_out(
     """
     if torch.is_grad_enabled():
         return cast(Any, _ExpertsOut).apply(y, hidden, lora_B, weights, index, scale)
-    return _product_added(y, _gated(hidden, _gates(weights, index, lora_B.shape[0], hidden.dtype)), lora_B, scale)
+    gates = _gates(weights, index, lora_B.shape[0], hidden.dtype)
+    return _product_added(y, _gated(hidden, gates, lora_B.shape[1]), lora_B, scale)
 
 
 def experts_decoded(

@@ -34,8 +34,8 @@ def export_adapter(
     Raises:
         ValueError: an unknown route, no folder to write to, or whatever stands against the export.
     """
-    from moe_peft.export import export_moe, plan_export
-    from moe_peft.export.stock_moe import RECORD_FILE
+    from moe_peft.export import plan_export
+    from moe_peft.export.stock_moe import RECORD_FILE, carry_out
     from moe_peft.export.writer import check_is_free
 
     if to not in ROUTES:
@@ -44,8 +44,7 @@ def export_adapter(
         raise refuse("--output", None, "a new or empty folder", "Or pass --check to see the plan without writing.")
     if output is not None:
         check_is_free(output)
-    base = model or _named_base(adapter)
-    plan = plan_export(base, adapter, target, base_weights, dtype)
+    plan = plan_export(model or _named_base(adapter), adapter, target, base_weights, dtype)
     table = Table("", "", title="Export to a stock MoE checkpoint", show_header=False)
     for title, text in plan.rows():
         table.add_row(title, text)
@@ -56,13 +55,9 @@ def export_adapter(
     columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=plan.nbytes)
-        export_moe(
-            base,
-            adapter,
+        carry_out(
+            plan,
             output,
-            target,
-            base_weights,
-            dtype,
             max_shard_size,
             verify,
             lambda done, total: progress.update(task, completed=done, total=total),

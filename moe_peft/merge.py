@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moe_peft.errors import nearest, refuse
-from moe_peft.routing import dense_weights, routing_dtype
+from moe_peft.routing import routing_dtype
 from moe_peft.saving import begin, put_in_place
 from moe_peft.tuners.layer import MoeTunerLayer
 from moe_peft.tuners.linear_moe import LinearMoeLinear, RoutedLora
@@ -74,6 +74,9 @@ def _check_mergeable(model: PeftModel, layers: dict[str, MoeTunerLayer], adapter
             "linears can follow. `moe-peft export --to moe` writes it exactly, as a stock MoE checkpoint."
         )
     config = model.peft_config[adapter_name]
+    if config.num_constant_experts:
+        remedy = "What they add is a bias, which a plain LoRA does not have: serve the adapter routed."
+        raise refuse("num_constant_experts", config.num_constant_experts, "0 for a static merge", remedy)
     for field in ("modules_to_save", "trainable_token_indices"):
         if getattr(config, field, None):
             remedy = "The plain LoRA would lose the weights that were trained there: serve the adapter routed."
@@ -84,18 +87,18 @@ class _Statistics:
     """S and G of one layer, accumulated in fp64 from a hook on its experts."""
 
     def __init__(self, experts: RoutedLora) -> None:
-        n, rows = experts.lora_A.shape[0] * experts.r, 0 if experts.router is None else experts.num_experts
+        n, rows = experts.lora_B.shape[0] * experts.r, len(router_rows(experts))
         device = experts.lora_A.device
         self.S = torch.zeros(n + rows, n + rows, dtype=torch.float64, device=device)
         self.G = torch.zeros(n, n + rows, dtype=torch.float64, device=device)
-        self.gate_sum = torch.zeros(experts.lora_A.shape[0], dtype=torch.float64, device=device)
+        self.gate_sum = torch.zeros(experts.lora_B.shape[0], dtype=torch.float64, device=device)
         self.tokens = 0
 
-    def add(self, experts: RoutedLora, x: Tensor, real: Tensor | None) -> None:
+    def add(self, experts: RoutedLora, x: Tensor, gates: Tensor, real: Tensor | None) -> None:
         tokens = x.reshape(-1, x.shape[-1])
-        tokens = tokens if real is None else tokens[real]
-        hidden, gates, logits = hidden_gates_logits(experts, tokens)
-        z = torch.cat((hidden, logits), dim=1) if experts.router is not None else hidden
+        if real is not None:
+            tokens, gates = tokens[real], gates[real]
+        hidden, z = hidden_and_features(experts, tokens)
         spread = gates.repeat_interleave(experts.r, dim=1)
         self.S += (z.T @ z).double()
         self.G += ((spread * hidden).T @ z).double()
@@ -103,28 +106,37 @@ class _Statistics:
         self.tokens += tokens.shape[0]
 
 
-def hidden_gates_logits(experts: RoutedLora, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`(hidden [T, (E + S) r], weights [T, E + S], router logits [T, E])` in fp32, by the definition; S shared experts."""
+def router_rows(experts: RoutedLora) -> Tensor:
+    """The rows of a router that reads the layer's own input, `[N, d_in]`; none where another decides."""
+    A, router = experts.lora_A, experts.router
+    return A.new_zeros(0, A.shape[-1]) if router is None or router.shape[1] != A.shape[-1] else router
+
+
+def every_A(experts: RoutedLora) -> Tensor:
+    """The stacked A of all experts, `[(E + S) r, d_in]`; one that they share is repeated."""
+    return experts.lora_A.expand(len(experts.lora_B), -1, -1).flatten(0, 1)
+
+
+def hidden_and_features(experts: RoutedLora, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """`(A x [T, (E + S) r], what the read-out may use: A x and the router's products [T, (E + S) r + N])` in fp32."""
     x = tokens.to(routing_dtype(tokens.dtype))
-    hidden = x @ experts.lora_A.flatten(0, 1).to(x.dtype).T
-    if experts.router is None:
-        return hidden, x.new_ones(x.shape[0], 1 + experts.num_shared), x.new_zeros(x.shape[0], 0)
-    logits = x @ experts.router.to(x.dtype).T
-    routing = experts.rule(logits * experts.router_scale, experts.top_k)
-    shared = x.new_ones(x.shape[0], experts.num_shared)
-    return hidden, torch.cat((dense_weights(routing), shared), dim=1), logits
+    hidden = x @ every_A(experts).to(x.dtype).T
+    return hidden, torch.cat((hidden, x @ router_rows(experts).to(x.dtype).T), dim=1)
 
 
 @contextmanager
 def observing(model: nn.Module, layers: dict[str, MoeTunerLayer], adapter_name: str, see: Any) -> Iterator[None]:
-    """Call `see(name, experts, x, y, real)` for every layer in every forward pass, with padding masked."""
+    """Call `see(name, experts, x, y, gates, real)` for every layer in every forward pass, with padding masked."""
     handles = []
     context = next(iter(layers.values())).context
 
     def hook(name: str, experts: RoutedLora) -> Any:
         def before(module: nn.Module, args: tuple) -> None:
-            x, y, _ = args
-            see(name, experts, x, y, context.real_tokens(x.shape[:-1].numel()))
+            x, y, _, *routing = args
+            if y is not None:  # not where a layer is only asked for its routing
+                see(
+                    name, experts, x, y, experts.gates(x, context, *routing), context.real_tokens(x.shape[:-1].numel())
+                )
 
         return experts.register_forward_pre_hook(before)
 
@@ -170,8 +182,8 @@ def fit_static(
     _check_mergeable(model, layers, adapter_name)
     statistics = {name: _Statistics(layer.experts(adapter_name)) for name, layer in layers.items()}
 
-    def see(name: str, experts: RoutedLora, x: Tensor, y: Tensor, real: Tensor | None) -> None:
-        statistics[name].add(experts, x, real)
+    def see(name: str, experts: RoutedLora, x: Tensor, y: Tensor, gates: Tensor, real: Tensor | None) -> None:
+        statistics[name].add(experts, x, gates, real)
 
     with observing(model, layers, adapter_name, see):
         for batch in calibration:
@@ -185,10 +197,8 @@ def fit_static(
 
 def _solve(experts: RoutedLora, stats: _Statistics, rank: int | None, method: str) -> Factors:
     """From the statistics to two factors, the truncation weighted by the data."""
-    n = experts.lora_A.shape[0] * experts.r
-    rows = experts.lora_A.flatten(0, 1).double()
-    if experts.router is not None:
-        rows = torch.cat((rows, experts.router.double()))
+    n = experts.lora_B.shape[0] * experts.r
+    rows = torch.cat((every_A(experts).double(), router_rows(experts).double()))
     B = experts.scaling * experts.lora_B.flatten(0, 1).double().T  # [d_out, n]
     values, vectors = torch.linalg.eigh(stats.S)
     values = values.clamp(min=1e-6 * float(values.mean().clamp(min=1e-12)))  # calibration text may not span z

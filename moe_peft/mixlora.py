@@ -186,14 +186,14 @@ Parts = Iterator[tuple[str, Tensor]]
 
 def _router(tensors: Tensors, layout: Layout, num_experts: int, expert: Lora, attention: Lora, i: int) -> Parts:
     theirs, ours = _names(i)
-    router = _checked(tensors, f"{theirs}.mlp.moe_gate.weight", (num_experts, None))
+    router = _checked(tensors, f"{theirs}.mlp.moe_gate.weight", (num_experts, _model_width(tensors)))
     if num_experts > 1:  # one expert needs no choice, and has the weight 1 there as well
         yield f"{ours}.mlp.{layout.family.ins[0]}.ffn_moe_experts.router", router
 
 
 def _experts(tensors: Tensors, layout: Layout, num_experts: int, expert: Lora, attention: Lora, i: int) -> Parts:
     (theirs, ours), r = _names(i), common_rank(layout, expert, attention)
-    d, f = tensors[f"{theirs}.mlp.moe_gate.weight"].shape[1], _ffn_width(tensors, layout, theirs)
+    d, f = _model_width(tensors), _ffn_width(tensors, layout)
     for name in layout.family.ffn:
         d_in, d_out = layout.family.shape(name, d, f)
         keys = [f"{theirs}.mlp.{name}.experts.{e}" for e in range(num_experts)] if name in layout.ffn else []
@@ -204,20 +204,39 @@ def _experts(tensors: Tensors, layout: Layout, num_experts: int, expert: Lora, a
 
 def _attention(tensors: Tensors, layout: Layout, num_experts: int, expert: Lora, attention: Lora, i: int) -> Parts:
     (theirs, ours), r = _names(i), common_rank(layout, expert, attention)
-    d, ratio = tensors[f"{theirs}.mlp.moe_gate.weight"].shape[1], attention.scaling / expert.scaling
+    d, ratio = _model_width(tensors), attention.scaling / expert.scaling
     for name in layout.attention:
-        d_in, d_out = (None, d) if name == layout.family.attention[-1] else (d, None)
+        heads = _heads_width(tensors, layout, name)
+        d_in, d_out = (heads, d) if name == layout.family.attention[-1] else (d, heads)
         A, B = _factors(tensors, f"{theirs}.self_attn.{name}", attention.r, d_in, d_out, r)
         yield from _stacked(f"{ours}.self_attn.{name}", [(A, B * ratio if ratio != 1 else B)])
 
 
-def _ffn_width(tensors: Tensors, layout: Layout, prefix: str) -> int:
+# Widths are those of the first layer: the families that MoE-PEFT knows have the same in every layer.
+
+
+def _model_width(tensors: Tensors) -> int:
+    """d, from the router."""
+    return _width(tensors, "mlp.moe_gate.weight", 1)
+
+
+def _ffn_width(tensors: Tensors, layout: Layout) -> int:
     """f, from the first expert of a linear that has one."""
     name = layout.ffn[-1]
-    key = f"{prefix}.mlp.{name}.experts.0"
     if name == layout.family.out:
-        return _checked(tensors, f"{key}.lora_A.weight", (None, None)).shape[1]
-    return _checked(tensors, f"{key}.lora_B.weight", (None, None)).shape[0] // (2 if layout.family.fused else 1)
+        return _width(tensors, f"mlp.{name}.experts.0.lora_A.weight", 1)
+    return _width(tensors, f"mlp.{name}.experts.0.lora_B.weight", 0) // (2 if layout.family.fused else 1)
+
+
+def _heads_width(tensors: Tensors, layout: Layout, name: str) -> int:
+    """The side of an attention linear that is not d."""
+    if name == layout.family.attention[-1]:
+        return _width(tensors, f"self_attn.{name}.lora_A.weight", 1)
+    return _width(tensors, f"self_attn.{name}.lora_B.weight", 0)
+
+
+def _width(tensors: Tensors, name: str, side: int) -> int:
+    return _checked(tensors, f"mixlora.layers.0.{name}", (None, None)).shape[side]
 
 
 def _factors(

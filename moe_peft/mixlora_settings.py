@@ -77,10 +77,20 @@ def _whole(settings: Settings, field: str, value: Any) -> int:
     return value
 
 
+def _number(settings: Settings, field: str, default: float) -> float:
+    value = settings.get(field, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise refuse(field, value, "a number of at least 0", "Correct the adapter_config.json.")
+    return value
+
+
 def routing_fields(settings: Settings) -> dict[str, Any]:
     """The fields of our config that say how a token is routed and balanced."""
     strategy, switch = settings["routing_strategy"], settings["routing_strategy"] == "mixlora-switch"
-    coef = settings.get("router_aux_loss_coef", 0.001)
+    coef = _number(settings, "router_aux_loss_coef", 0.001)
+    balanced = settings.get("router_loss", True)
+    if not isinstance(balanced, bool):
+        raise refuse("router_loss", balanced, "true or false", "Correct the adapter_config.json.")
     if strategy == "mixlora":
         top_k = _whole(settings, "top_k", settings.get("top_k", 2))
         # One weight, divided by itself. `top_1_hard` is the same; this one can also be trained without balancing.
@@ -89,12 +99,12 @@ def routing_fields(settings: Settings) -> dict[str, Any]:
     elif strategy == "mixlora-dynamic":
         chosen = {"routing": "top_p", "top_p": settings.get("top_p", 0.8)}
     else:
-        chosen = {"routing": "top_1", "router_z_loss_coef": settings.get("router_z_loss_coef", 0.001)}
+        chosen = {"routing": "top_1", "router_z_loss_coef": _number(settings, "router_z_loss_coef", 0.001)}
     return {
         **chosen,
-        "balance": "switch" if settings.get("router_loss", True) else "none",
+        "balance": "switch" if balanced else "none",
         "router_aux_loss_coef": coef,
-        "router_jitter_noise": settings.get("jitter_noise", 0.01 if switch else 0.0),
+        "router_jitter_noise": _number(settings, "jitter_noise", 0.01 if switch else 0.0),
     }
 
 

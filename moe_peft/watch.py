@@ -4,7 +4,7 @@ The sums live on the routers' devices; `read_windows` brings those of all layers
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -73,6 +73,31 @@ def average_loads(routers: dict[str, Router]) -> None:
     dist.all_reduce(fused)
     for router, load in zip(balanced, (fused / _world_size()).split(sizes), strict=True):
         router.state.load = load.to(device_of(router), copy=True)
+
+
+@torch.no_grad()
+def move_biases(routers: Iterable[Router]) -> None:
+    """Move every selection bias by what its experts got in the optimizer step that has ended, in one all-reduce.
+
+    `MoeCallback` calls it; a loop of your own calls `update_selection_bias(model)` after `optimizer.step()`.
+    """
+    balanced = [router for router in routers if router.balances_bias]
+    if not balanced:
+        return
+    device = device_of(balanced[0])
+    sizes = [router.num_experts + 1 for router in balanced]
+    counts = [_or_zeros(router.state.step_counts, n, device) for router, n in zip(balanced, sizes, strict=True)]
+    fused = torch.cat(counts)
+    if _world_size():
+        dist.all_reduce(fused)
+    for router, seen in zip(balanced, fused.split(sizes), strict=True):
+        router.move_bias(seen)
+
+
+def update_selection_bias(model: nn.Module) -> None:
+    """One step of loss-free balancing (`balance="bias"`), for a training loop of your own: call it after
+    `optimizer.step()`, on every rank."""
+    move_biases([module for module in model.modules() if isinstance(module, Router)])
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ def explicit(monkeypatch, batches, aux, **settings):
     """Gradients of `sum of task losses + COEF * sum of aux`, with the injection replaced by a note of the logits."""
     seen = []
 
-    def noted(logits, state, rule, top_k, coef, gradient, real, task_types, context):
+    def noted(logits, state, rule, top_k, coef, gradient, real, task_types, *context_and_rows):
         seen.append((rule(logits, top_k), real, task_types))
         return logits
 
@@ -467,7 +467,7 @@ def test_the_task_type_collator():
     assert batch["input_ids"].tolist() == [[1, 2], [3, 0]]
     with pytest.raises(ValueError, match=r"`column` is 'task_type', but must be a column of every row: input_ids"):
         collate([{"input_ids": [1]}])
-    with pytest.raises(ValueError, match=r"`kind` is \[0, 2\], but must be 0 \(world knowledge\) or 1"):
+    with pytest.raises(ValueError, match=r"`kind` is \[0, 2\], but must be whole numbers from 0 to 1"):
         TaskTypeCollator(pad, "kind")([{"input_ids": [1], "kind": 0}, {"input_ids": [1], "kind": 2}])
 
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from moe_peft import LinearMoeConfig, registration
 from moe_peft.config import FfnMoeConfig
-from moe_peft.routing import ROUTING_RULES
 from moe_peft.rules import ROUTING_RULES as EVERY_RULE
+from moe_peft.selection import ROUTINGS
 from moe_peft.tuners.base import MoeTunerLayer
 
 
@@ -91,14 +91,10 @@ def test_what_is_left_out_follows_from_the_rest_for_blocks(given, filled_in):
     assert {name: getattr(config, name) for name in filled_in} == filled_in
 
 
-@pytest.mark.parametrize(("config_class", "names"), [(LinearMoeConfig, ROUTING_RULES), (FfnMoeConfig, EVERY_RULE)])
-def test_each_type_has_its_rules(config_class, names):
-    for name in EVERY_RULE:
-        if name in names:
-            assert config_class(routing=name).routing == name
-        else:
-            with pytest.raises(ValueError, match=refusal("routing", name, "one of 'softmax_top_k', ", "FfnMoeConfig")):
-                config_class(routing=name)
+@pytest.mark.parametrize("config_class", [LinearMoeConfig, FfnMoeConfig])
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_each_type_has_all_rules(config_class, name):
+    assert config_class(routing=name).routing == name
 
 
 def test_a_list_of_targets_stays_the_users():
@@ -138,47 +134,68 @@ OTHER_VALUES = {
     "trainable_token_indices": [1, 2],
     "init_weights": False,
     "plugin": "a_fork_of_moe_peft",
+    "scoring_func": "cosine",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 2.5,
+    "top_p": 0.5,
+    "sparsegen_lambda": -1.0,
+    "num_null_experts": 3,
+    "freeze_router": True,
+    "router_bias": True,
+    "router_act": "tanh",
+    "router_jitter_noise": 0.1,
+    "router_granularity": "sequence",
+    "expert_groups": [[0, 1], [2]],
+    "schedule_steps": 10,
+    "top_k_start": 8,
+    "router_temperature_start": 2.0,
+    "balance_weights": [1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0],
+    "bias_update_speed": 0.1,
+    "target_active": 1.5,
+    "router_z_loss_coef": 0.01,
+    "router_entropy_coef": 0.01,
 }
-NEEDS = {"layers_pattern": {"layers_to_transform": [0]}}
+OTHER_VALUES_OF_LINEAR = {"share_A": True, "num_constant_experts": 2, "router_scope": "block"}
+NEEDS = {
+    "layers_pattern": {"layers_to_transform": [0]},
+    "norm_topk_prob": {"routing": "top_k"},
+    "top_p": {"routing": "top_p"},
+    "sparsegen_lambda": {"routing": "sparsegen"},
+    "schedule_steps": {"top_k_start": 8},
+    "top_k_start": {"schedule_steps": 10},
+    "router_temperature_start": {"schedule_steps": 10},
+    "target_active": {"balance": "bias", "num_null_experts": 2},
+}
 
 
 def test_the_table_above_knows_every_field():
     fields = {field.name: field.default for field in dataclasses.fields(LinearMoeConfig)}
-    assert OTHER_VALUES.keys() == fields.keys()
-    same = [name for name, default in fields.items() if OTHER_VALUES[name] == default]
+    values = {**OTHER_VALUES, **OTHER_VALUES_OF_LINEAR}
+    assert values.keys() == fields.keys()
+    same = [name for name, default in fields.items() if values[name] == default]
     assert same == []
 
 
-@pytest.mark.parametrize("field", OTHER_VALUES)
+@pytest.mark.parametrize("field", [*OTHER_VALUES, *OTHER_VALUES_OF_LINEAR])
 def test_every_field_survives_json(tmp_path, field):
-    config = LinearMoeConfig(**{field: OTHER_VALUES[field], **NEEDS.get(field, {})})
+    written = {**OTHER_VALUES, **OTHER_VALUES_OF_LINEAR}[field]
+    config = LinearMoeConfig(**{field: written, **NEEDS.get(field, {})})
     config.save_pretrained(tmp_path)
     for loaded in (PeftConfig.from_pretrained(tmp_path), LinearMoeConfig.from_pretrained(tmp_path)):
         assert loaded == config
         value = getattr(loaded, field)
-        assert value == (set(OTHER_VALUES[field]) if isinstance(value, set) else OTHER_VALUES[field])
+        assert value == (set(written) if isinstance(value, set) else written)
         assert type(value) is type(getattr(config, field))
 
 
-OTHER_VALUES_OF_BLOCKS = {
-    "top_p": 0.5,
-    "num_null_experts": 3,
-    "router_z_loss_coef": 0.01,
-    "router_jitter_noise": 0.1,
-    "router_bias": True,
-}
+def test_blocks_have_the_shared_fields_and_no_others():
+    assert OTHER_VALUES.keys() == {field.name for field in dataclasses.fields(FfnMoeConfig)}
 
 
-def test_the_table_of_blocks_knows_every_further_field():
-    fields = {field.name: field.default for field in dataclasses.fields(FfnMoeConfig)}
-    assert OTHER_VALUES_OF_BLOCKS.keys() == fields.keys() - OTHER_VALUES.keys()
-    assert [name for name, value in OTHER_VALUES_OF_BLOCKS.items() if fields[name] == value] == []
-
-
-@pytest.mark.parametrize("field", [*OTHER_VALUES, *OTHER_VALUES_OF_BLOCKS])
+@pytest.mark.parametrize("field", OTHER_VALUES.keys() - {"routed_scaling_factor"})  # which is 1 there
 def test_every_field_of_blocks_survives_json(tmp_path, field, known_to_peft):
-    value = {**OTHER_VALUES, **OTHER_VALUES_OF_BLOCKS, "peft_type": "FFN_MOE", "routing": "top_1_hard"}[field]
-    needs = {**NEEDS, "top_p": {"routing": "top_p"}, "routing": {"balance": "switch"}}
+    value = {**OTHER_VALUES, "peft_type": "FFN_MOE", "routing": "top_1_hard"}[field]
+    needs = {**NEEDS, "routing": {"balance": "switch"}}
     config = FfnMoeConfig(**{field: value, **needs.get(field, {})})
     config.save_pretrained(tmp_path)
     for loaded in (PeftConfig.from_pretrained(tmp_path), FfnMoeConfig.from_pretrained(tmp_path)):
@@ -242,7 +259,7 @@ REFUSALS = [
     ),
     (
         {"routing": "hash"},
-        refusal("routing", "hash", "one of 'softmax", "Choose one of: 'softmax', 'softmax_top_k', "),
+        refusal("routing", "hash", "one of 'softmax", "Choose one of: 'all', 'given', "),
     ),
     ({"routing": None}, refusal("routing", None, "one of 'softmax", "Choose one of")),
     (
@@ -276,7 +293,7 @@ REFUSALS = [
     ({"balance": "swich"}, refusal("balance", "swich", "one of 'switch'", "Did you mean 'switch'")),
     (
         {"balance": "switch", "routing": "softmax"},
-        refusal("balance", "switch", "'localized' or 'none'", "is constant"),
+        refusal("balance", "switch", "'localized', 'cv2', 'mi' or 'none'", "is constant"),
     ),
     (
         {"balance": "localized", "routing": "softmax", "num_experts": "2:3"},
@@ -289,7 +306,7 @@ REFUSALS = [
     ({"layers_pattern": "h", "target_modules": "q_proj"}, "`layers_pattern` cannot be used when .*the regex"),
     ({"layers_pattern": "h", "target_modules": ["q_proj"]}, "`layers_to_transform` must also be specified"),
     ({"task_type": "SING"}, "Invalid task type: 'SING'. Must be one of the following task types"),
-    ({"top": 2}, "`top` is not a field of LinearMoeConfig. Did you mean 'top_k'?"),
+    ({"top": 2}, "`top` is not a field of LinearMoeConfig. Did you mean 'top_[kp]'?"),
     ({"n_experts": 2}, "`n_experts` is not a field of LinearMoeConfig. Did you mean 'num_experts'?"),
     ({"bias": "all"}, "`bias` is not a field of LinearMoeConfig. Choose one of: 'auto_mapping', 'balance', "),
 ]
@@ -350,7 +367,7 @@ REFUSALS_OF_BLOCKS = [
             refusal("num_null_experts", 2, f"0 with `routing` = '{rule}'", "set `routing` to 'softmax_top_k'"),
         )
         for rule in EVERY_RULE
-        if rule != "softmax_top_k"
+        if rule not in ("softmax_top_k", "sigmoid_top_k")
     ),
     (
         {"num_null_experts": 2, "num_experts": "1:4"},
@@ -359,9 +376,7 @@ REFUSALS_OF_BLOCKS = [
     *(
         (
             {"num_null_experts": 3, "num_experts": "2:4", "top_k": k},
-            refusal(
-                "top_k", k, "below 5, the sum of `num_null_experts` = 3 and of `num_experts` = '2:4'", "lower `top_k`"
-            ),
+            refusal("top_k", k, "below 5, the sum of 3 null or constant experts and of .* '2:4'", "lower `top_k`"),
         )
         for k in (5, 9)
     ),
@@ -373,7 +388,10 @@ REFUSALS_OF_BLOCKS = [
     (
         {"router_z_loss_coef": 0.1, "routing": "sigmoid_top_k"},
         refusal(
-            "router_z_loss_coef", 0.1, "0 with `routing` = 'sigmoid_top_k'", "denominator of a softmax.* remove it"
+            "router_z_loss_coef",
+            0.1,
+            "0 with `routing` = 'sigmoid_top_k'",
+            "about a softmax over the experts.* remove it",
         ),
     ),
     *(
@@ -404,7 +422,7 @@ REFUSALS_OF_BLOCKS = [
     ),
     (
         {"routing": "softmax", "balance": "switch"},
-        refusal("balance", "switch", "'localized' or 'none'", "is constant"),
+        refusal("balance", "switch", "'localized', 'cv2', 'mi' or 'none'", "is constant"),
     ),
     ({"routing": "top_q"}, refusal("routing", "top_q", "one of 'softmax_top_k', ", "Did you mean 'top_p'")),
     (
@@ -423,10 +441,10 @@ def test_a_wrong_value_for_blocks_is_refused(given, sentence):
         FfnMoeConfig(**given)
 
 
-@pytest.mark.parametrize("field", OTHER_VALUES_OF_BLOCKS)
-def test_what_belongs_to_blocks_is_no_field_of_linear_layers(field):
-    with pytest.raises(ValueError, match=f"`{field}` is not a field of LinearMoeConfig"):
-        LinearMoeConfig(**{field: OTHER_VALUES_OF_BLOCKS[field]})
+@pytest.mark.parametrize("field", OTHER_VALUES_OF_LINEAR)
+def test_what_belongs_to_linear_layers_is_no_field_of_blocks(field):
+    with pytest.raises(ValueError, match=f"`{field}` is not a field of FfnMoeConfig"):
+        FfnMoeConfig(**{field: OTHER_VALUES_OF_LINEAR[field]})
 
 
 @pytest.mark.parametrize(

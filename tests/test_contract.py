@@ -32,6 +32,14 @@ LINEAR_RULES = {
     "one expert": {"num_experts": 1},
     "per layer": {"num_experts": "2:4", "top_k": 2, "r": [2, 4, 4, 8]},
     "shared": {"num_experts": 4, "top_k": 2, "num_shared_experts": 1, "use_rslora": True},
+    "bias": {"num_experts": 4, "routing": "sigmoid_top_k", "balance": "bias", "routed_scaling_factor": 2.0},
+    "cosine": {"num_experts": 4, "routing": "top_k", "scoring_func": "cosine", "router_act": "tanh", "balance": "mi"},
+    "null and constant": {"num_experts": 3, "top_k": 3, "num_null_experts": 2, "num_constant_experts": 1},
+    "sparsegen": {"num_experts": 4, "routing": "sparsegen", "balance": "cv2", "router_bias": True},
+    "top_p": {"num_experts": 4, "routing": "top_p", "router_entropy_coef": 0.01, "freeze_router": True},
+    "share_A": {"num_experts": 3, "routing": "softmax", "share_A": True},
+    "block": {"num_experts": 3, "routing": "softmax", "router_scope": "block"},
+    "group": {"num_experts": 4, "top_k": 2, "router_scope": "group"},
 }
 BLOCK = {"target_modules": ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]}
 FFN_RULES = {
@@ -42,11 +50,14 @@ FFN_RULES = {
     "one expert": {"num_experts": 1},
     "per layer": {"num_experts": "2:4", "top_k": 2, "r": [2, 4, 4, 8]},
     "shared and null": {"num_experts": 3, "top_k": 2, "num_shared_experts": 1, "num_null_experts": 2},
+    "cosine": {"num_experts": 4, "routing": "all", "scoring_func": "cosine", "freeze_router": True},
+    "bias": {"num_experts": 4, "top_k": 2, "balance": "bias"},
+    "sparsegen": {"num_experts": 4, "routing": "sparsegen", "router_act": "gelu"},
 }
 CASES = [pytest.param(LinearMoeConfig, rule, id=f"LINEAR_MOE-{name}") for name, rule in LINEAR_RULES.items()]
 CASES += [pytest.param(FfnMoeConfig, {**BLOCK, **rule}, id=f"FFN_MOE-{name}") for name, rule in FFN_RULES.items()]
 ROUTED = [case for case in CASES if case.values[1]["num_experts"] != 1]
-LINEAR = [case for case in CASES if case.values[0] is LinearMoeConfig]
+LINEAR = [c for c in CASES if c.values[0] is LinearMoeConfig and "router_scope" not in c.values[1]]
 
 over_cases = pytest.mark.parametrize(("config_class", "rule"), CASES)
 over_routed_cases = pytest.mark.parametrize(("config_class", "rule"), ROUTED)
@@ -440,6 +451,22 @@ def test_an_adapter_that_routes_in_some_layers_only_is_not_merged_in_the_others(
     with pytest.raises(ValueError, match="cannot be merged"):
         model.merge_and_unload()
     assert_same_bits(state, model.state_dict())
+
+
+@pytest.mark.parametrize("config_class", [LinearMoeConfig, FfnMoeConfig])
+def test_a_static_adapter_is_merged_by_name_beside_an_active_routed_one(tokens, config_class):
+    targets = {"target_modules": ["gate_proj", "up_proj", "down_proj"]}
+    model = adapt(make_tiny_llama(dtype=torch.float64), config_class, {"num_experts": 3, **targets})
+    adapt(model, config_class, {"num_experts": 1, **targets}, name="static")
+    routed = logits(model, tokens)
+    model.set_adapter("static")
+    static = logits(model, tokens)
+    model.set_adapter("default")
+    model.merge_adapter(["static"])
+    torch.testing.assert_close(logits(model, tokens), static, **EXACT)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model, tokens), routed, **EXACT)
+    torch.testing.assert_close(logits(model.merge_and_unload(adapter_names=["static"]), tokens), static, **EXACT)
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -18,7 +20,13 @@ from safetensors.torch import load_file
 from test_export_helpers import make_adapter, make_base
 
 from moe_peft.export import export_moe, writer
-from moe_peft.export.writer import PlannedTensor, whole_folder, write_checkpoint
+from moe_peft.export.writer import (
+    PlannedTensor,
+    check_is_free,
+    remove_abandoned,
+    whole_folder,
+    write_checkpoint,
+)
 
 
 def planned(name, value, parts=1, dtype=None):
@@ -148,6 +156,47 @@ def test_an_empty_folder_is_filled_and_any_other_is_left_alone(tmp_path):
         ):
             pass
     assert (tmp_path / "empty" / "file").read_text() == "x"
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_up_front(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == mounted)
+    with pytest.raises(ValueError, match="`output` is .*mounted', but must be .* a mount point .* Name a new folder"):
+        check_is_free(mounted)
+    monkeypatch.chdir(tmp_path / "work")
+    for working in (Path("."), tmp_path / "work"):
+        with pytest.raises(ValueError, match="`output` is .* the working folder may not. Name a new folder inside it"):
+            check_is_free(working)
+    check_is_free(tmp_path / "work" / "new")
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
+    out = tmp_path / "out.1"
+    code = (
+        "import os, signal, sys; from pathlib import Path; from moe_peft.export.writer import whole_folder\n"
+        "with whole_folder(Path(sys.argv[1])) as beside:\n"
+        "    (beside / 'file').write_text('x')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    here, dead = socket.gethostname(), left.name.split(".")[-3]
+    others = [
+        f".out.1.{here}.{os.getpid()}.abc.unfinished",  # at work
+        f".out.1.elsewhere.{dead}.abc.unfinished",
+        f".out.{here}.{dead}.abc.unfinished",
+        f".out.1.{here}.{dead}.abc",
+        ".out.1.abc.unfinished",
+    ]
+    for name in others:
+        (tmp_path / name).mkdir()
+    remove_abandoned(out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+    remove_abandoned(tmp_path / "nowhere" / "out")
 
 
 @pytest.fixture

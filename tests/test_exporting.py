@@ -1,14 +1,17 @@
 """`moe-peft export` and `moe-peft import` through the command line, on an adapter of the pocket backbone."""
 
 import json
+import socket
 
+import psutil
 import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moe_peft import FfnMoeConfig, LinearMoeConfig, cli
+from moe_peft import FfnMoeConfig, LinearMoeConfig, cli, export
+from moe_peft.export import stock_moe
 from moe_peft.loaded import load_adapter
 from moe_peft.merge import fit_static
 from moe_peft.pocket import make_suite
@@ -79,6 +82,19 @@ def test_what_is_mistyped_gets_a_sentence(mixture, capsys, arguments, message):
     code, said = run(capsys, "export", mixture, *arguments)
     assert code == 2
     assert message in said
+
+
+def test_an_export_is_planned_once_and_clears_up_after_a_killed_one(mixture, tmp_path, capsys, monkeypatch):
+    plans = []
+    for module in (export, stock_moe):
+        plan = module.plan_export
+        monkeypatch.setattr(module, "plan_export", lambda *args, plan=plan: plans.append(args) or plan(*args))
+    monkeypatch.setattr(psutil, "pid_exists", lambda pid: pid != 123)
+    (tmp_path / f".moe.{socket.gethostname()}.123.abc.unfinished").mkdir()
+    code, said = run(capsys, "export", mixture, "--output", tmp_path / "moe", "--no-verify")
+    assert code == 0, said
+    assert len(plans) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["moe"]
 
 
 def test_a_folder_that_holds_something_is_left_alone(mixture, tmp_path, capsys):

@@ -88,11 +88,16 @@ def naive(case: Case, rule: str, top_k: int) -> Tensor:
     return ffn_experts_naive(x, linears, out, *case.factors_in(), A_out, B_out, routing, case.block, SCALE)
 
 
+def middle(case: Case, weights: Tensor, index: Tensor | None, **options) -> tuple[Tensor, Tensor]:
+    """`mixed_hidden` on what the case's linears give; `options` may replace the factors B of the linears in."""
+    base, lora_B = case.base(), options.pop("lora_B", case.factors_in()[1])
+    options = {"normalised": True, **options}
+    return mixed_hidden(base, case.hidden(), lora_B, case.leaves[2], weights, index, case.block, SCALE, **options)
+
+
 def fast(case: Case, rule: str, top_k: int, **options) -> Tensor:
     _, weights, index = case.routing(rule, top_k)
-    factors = case.hidden(), case.factors_in()[1], case.leaves[2]
-    options = {"normalised": rule != "top_1", **options}
-    S, z = mixed_hidden(case.base(), *factors, weights, index, case.block, SCALE, **options)
+    S, z = middle(case, weights, index, **{"normalised": rule != "top_1", **options})
     return case.out(S, z, weights)
 
 
@@ -203,18 +208,7 @@ def test_with_no_expert_in_any_slot_the_block_is_frozen_and_the_adapter_gets_no_
     case = make_case()
     index, weights = torch.full((33, 2), 4), torch.full((33, 2), 0.5, dtype=torch.float64)
     base, (A_in, B_in) = case.base(), case.factors_in()
-    S, z = mixed_hidden(
-        base,
-        case.hidden(),
-        B_in,
-        case.leaves[2],
-        weights,
-        index,
-        case.block,
-        SCALE,
-        normalised=True,
-        schedule=schedule,
-    )
+    S, z = middle(case, weights, index, schedule=schedule)
     assert torch.equal(S, F.silu(base[0]) * base[1])
     assert not z.any()
     factors = [*A_in, *B_in, case.leaves[2]]
@@ -249,19 +243,7 @@ def test_with_B_zero_the_mean_is_the_frozen_block_bit_for_bit(kind, rule, top_k,
     gate, up = base[0].chunk(2, -1) if kind == "fused_glu" else (base[0], base[-1])
     wanted = act(gate) if kind == "mlp" else act(gate) * up
     for schedule in SCHEDULES:
-        S, _ = mixed_hidden(
-            base,
-            hidden,
-            zeros,
-            case.leaves[2],
-            weights,
-            index,
-            case.block,
-            SCALE,
-            normalised=True,
-            schedule=schedule,
-            chunk=33,
-        )
+        S, _ = middle(case, weights, index, lora_B=zeros, schedule=schedule, chunk=33)
         assert torch.equal(S, wanted)
     fanned = [fan_out(y, h, B, index, top_k, SCALE) for y, h, B in zip(base, hidden, zeros, strict=True)]
     assert all(torch.equal(f, y.unsqueeze(1).expand_as(f)) for f, y in zip(fanned, base, strict=True))
@@ -287,22 +269,19 @@ def test_the_derivative_of_the_middle_is_that_of_finite_differences(index, sched
     leaves = [t.detach().requires_grad_() for t in (*case.base(), *case.hidden(), *case.factors_in()[1])]
     weights = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
 
-    def middle(weights, A_out, *t):
+    def of_leaves(weights, A_out, *t):
         return mixed_hidden(
             t[:2], t[2:4], t[4:], A_out, weights, index, case.block, SCALE, normalised=False, schedule=schedule
         )
 
-    assert torch.autograd.gradcheck(middle, (weights, case.leaves[2], *leaves))
+    assert torch.autograd.gradcheck(of_leaves, (weights, case.leaves[2], *leaves))
 
 
 def test_a_gradient_for_one_output_alone_and_gradients_of_any_strides():
     case = make_case()
     _, weights, index = case.routing("softmax_top_k", 2)
     for schedule in SCHEDULES:
-        S, z = mixed_hidden(
-            case.base(), case.hidden(), case.factors_in()[1], case.leaves[2], weights, index, case.block, SCALE,
-            normalised=True, schedule=schedule,
-        )  # fmt: skip
+        S, z = middle(case, weights, index, schedule=schedule)
         of_S, of_z = torch.randn_like(S), torch.randn_like(z)
         leaves = [case.leaves[i] for i in (0, 1, 2, 4, 5, 6, 7)]
 
@@ -361,10 +340,7 @@ def test_half_precision_agrees_to_a_few_roundings(schedule, kind, adapter):
 
     def given(case: Case, dtype: torch.dtype) -> Tensor:
         weights = fixed.top_k_weights.detach().to(dtype)
-        S, z = mixed_hidden(
-            case.base(), case.hidden(), case.factors_in()[1], case.leaves[2], weights, fixed.top_k_index, case.block,
-            SCALE, normalised=True, schedule=schedule, chunk=50,
-        )  # fmt: skip
+        S, z = middle(case, weights, fixed.top_k_index, schedule=schedule, chunk=50)
         assert S.dtype == case.leaves[0].dtype
         assert z.dtype == case.leaves[2].dtype
         return case.out(S, z, weights) + 0.01 * case.leaves[1].sum().to(S.dtype)

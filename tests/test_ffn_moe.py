@@ -4,22 +4,29 @@ The definition is taken at its word here: expert e is the family's own block wit
 the mixture is the weighted sum of what these blocks give.
 """
 
+import ast
 import copy
 import pickle
+import re
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import make_tiny_llama
 from families import FAMILIES, make_family
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from moe_peft import FfnMoeConfig
 from moe_peft.balance import switch_loss
 from moe_peft.rules import top_1_hard
-from moe_peft.tuners.ffn_blocks import find_blocks
+from moe_peft.tuners.ffn_blocks import GLU_CLASSES, TWO_MATRIX_CLASSES, find_blocks
 from moe_peft.tuners.ffn_fast import FastForward
 from moe_peft.tuners.ffn_moe import FfnMoeLinear, MixedBlock
 
@@ -197,6 +204,28 @@ def test_three_unpackings_per_pass_however_many_experts(tmp_path, path):
     assert (forward.count, backward.count) == (3, 3)
 
 
+@pytest.mark.parametrize("routing", ["softmax_top_k", "sigmoid_top_k"])
+def test_an_adapter_loads_on_a_base_with_layers_on_disk(routing, tokens, tmp_path, monkeypatch):
+    """Accelerate brings parameters back from the disk; the selection bias is a buffer."""
+    monkeypatch.chdir(tmp_path)  # PEFT makes a folder `tmp` where it stands
+    base = make_tiny_llama(layers=2)
+    base.save_pretrained(tmp_path / "base")
+    model = adapt(base, routing=routing)
+    model.save_pretrained(tmp_path / "adapter")
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "lm_head", "model.rotary_emb"), "cpu")
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    with torch.no_grad():
+        wanted = model(tokens).logits
+        offloaded = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", device_map=places, offload_folder=tmp_path / "off"
+        )
+        places = {f"base_model.model.{name}": place for name, place in places.items()}
+        loaded = PeftModel.from_pretrained(
+            offloaded, tmp_path / "adapter", device_map=places, offload_folder=tmp_path / "off2"
+        )
+        torch.testing.assert_close(loaded.eval()(tokens).logits, wanted, **CLOSE)
+
+
 # --- the fast path steps back, copies, pickles, compiles ---
 
 
@@ -229,6 +258,79 @@ def test_a_class_of_the_users_own_takes_the_general_path():
     mlp = base.model.layers[0].mlp
     mlp.__class__ = type("LlamaMLP", (type(mlp),), {"__module__": "mine"})
     assert [block.fast is None for block in blocks_of(adapt(base))] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("name", sorted(GLU_CLASSES | TWO_MATRIX_CLASSES))
+def test_a_class_of_the_fast_path_does_nothing_but_what_the_fast_path_does(name):
+    """By transformers' source: Seed-OSS, for one, has a dropout of its own after the last linear."""
+    found = sources_of(name)
+    assert found
+    forms = TWO_MATRIX_FORMS if name in TWO_MATRIX_CLASSES else GLU_FORMS
+    assert all(any(re.fullmatch(form, source) for form in forms) for source in found), found
+
+
+def sources_of(name: str) -> list[str]:
+    """The body of `forward` in every class of that name in transformers, as one line with `x` for its argument."""
+    bodies = []
+    for path in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name == name:
+                forward = next(f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "forward")
+                argument = forward.args.args[1].arg
+                bodies.append(re.sub(rf"\b{argument}\b", "x", "; ".join(map(ast.unparse, forward.body))))
+    return bodies
+
+
+GLU_FORMS = (
+    r"(down_proj = |return )self\.down_proj\(self\.act_fn\(self\.gate_proj\(x\)\) \* self\.up_proj\(x\)\)(; return down_proj)?",
+    r"(\w+) = self\.gate_up_proj\(x\); gate, \1 = \1\.chunk\(2, dim=-1\); \1 = \1 \* self\.activation_fn\(gate\); "
+    r"return self\.down_proj\(\1\)",
+)
+TWO_MATRIX_FORMS = (
+    r"x = self\.(\w+)\(x\); x = self\.act(?:ivation_fn)?\(x\); x = self\.(\w+)\(x\); return x",
+    r"x = self\.act\(self\.(\w+)\(x\)\); x = self\.(\w+)\(x\); return x",
+)
+
+
+def test_seed_oss_keeps_the_dropout_at_the_end_of_its_block():
+    settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    settings |= {"num_key_value_heads": 2, "vocab_size": 64, "head_dim": 8, "residual_dropout": 0.99}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("seed_oss", **settings))
+    mlp = adapt(base).train().base_model.model.model.layers[0].mlp
+    assert (mlp(torch.randn(4, 32)) == 0).float().mean() > 0.9
+
+
+@contextmanager
+def doubled(wrap):
+    """Llama's block with another forward at its class."""
+    before = LlamaMLP.forward
+    LlamaMLP.forward = wrap(lambda self, x: 2 * before(self, x))
+    try:
+        yield
+    finally:
+        LlamaMLP.forward = before
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, wraps(LlamaMLP.forward)], ids=["plain", "wrapped"])
+def test_a_forward_that_is_replaced_at_the_class_is_followed(wrap):
+    """Liger and others do so, before the adapter is there or after."""
+    x, early = torch.randn(2, 5, 64), adapt(make_tiny_llama(layers=1))
+    wanted = 2 * blocks_of(early)[0].fast.parent(x)
+    with doubled(wrap):
+        late = adapt(make_tiny_llama(layers=1))
+        assert blocks_of(late)[0].fast is None
+        for model in (early, late):
+            torch.testing.assert_close(model.base_model.model.model.layers[0].mlp(x), wanted, **CLOSE)
+    torch.testing.assert_close(2 * blocks_of(early)[0].fast.parent(x), wanted, rtol=0, atol=0)
+
+
+def test_an_activation_that_is_replaced_is_followed():
+    model = adapt(make_tiny_llama(layers=1))
+    mlp, x = model.base_model.model.model.layers[0].mlp, torch.randn(2, 5, 64)
+    before, mlp.act_fn = mlp(x), nn.Tanh()
+    after = mlp(x)
+    torch.testing.assert_close(after, slow(model) and mlp(x), **CLOSE)
+    assert not torch.allclose(after, before)
 
 
 def test_copies_and_pickles_are_models_of_their_own(tokens):
@@ -283,25 +385,17 @@ def test_autocast_and_bf16_stay_close_to_fp32():
 # --- training only ---
 
 
-def test_dropout_touches_what_the_experts_see_and_not_the_frozen_block():
-    model = adapt(make_tiny_llama(layers=1, dtype=torch.float64), lora_dropout=0.3, target_modules=None).train()
+@pytest.mark.parametrize("path", [lambda model: model, slow], ids=["fast", "general"])
+def test_dropout_touches_what_the_experts_see_and_not_the_frozen_block(path):
+    model = path(adapt(make_tiny_llama(layers=1, dtype=torch.float64), lora_dropout=0.3)).train()
     block = blocks_of(model)[0]
     x = torch.randn(1, 40, 64, dtype=torch.float64)
-    with torch.no_grad():
-        model.eval()
+    assert not torch.allclose(block.fast.parent(x), block.fast.parent(x))
+    for layer in block.layers.values():
+        layer.ffn_moe_experts["default"].lora_B.data.zero_()
+    with model.disable_adapter():
         wanted = block.fast.parent(x)
-        model.train()
-        for path in (lambda model: model, slow):
-            runs = torch.stack([path(model) and block.fast.parent(x) for _ in range(3)])
-            assert not torch.allclose(runs[0], runs[1])
-            for layer in block.layers.values():
-                layer.ffn_moe_experts["default"].lora_B.data.zero_()
-            assert torch.allclose(block.fast.parent(x), block.fast.parent(x))
-            model = adapt(
-                make_tiny_llama(layers=1, dtype=torch.float64), lora_dropout=0.3, target_modules=None
-            ).train()
-            block = blocks_of(model)[0]
-    assert wanted.isfinite().all()
+    torch.testing.assert_close(block.fast.parent(x), wanted, **EXACT)
 
 
 def test_jitter_moves_the_router_alone_and_in_training_only():

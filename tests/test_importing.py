@@ -319,6 +319,11 @@ def test_a_whole_config_and_a_known_base_give_no_warning(tmp_path):
         ({"lora_alpha": "16"}, r"`lora_alpha` is '16'"),
         ({"use_rslora": 1}, r"`use_rslora` is 1"),
         ({"top_k": True}, r"`top_k` is True"),
+        ({"router_aux_loss_coef": "0.01"}, r"`router_aux_loss_coef` is '0.01', but must be a number"),
+        ({"router_aux_loss_coef": float("nan")}, r"`router_aux_loss_coef` is nan"),
+        ({"routing_strategy": "mixlora-switch", "router_z_loss_coef": "0"}, r"`router_z_loss_coef` is '0'"),
+        ({"jitter_noise": "0.1"}, r"`jitter_noise` is '0.1', but must be a number"),
+        ({"router_loss": "no"}, r"`router_loss` is 'no', but must be true or false"),
         ({"top_k": 5}, r"`top_k` is 5, but must be at most 4"),
         ({"use_dora": True}, r"`use_dora` is True.*no magnitudes"),
         ({"expert_lora": {"use_dora": True}}, r"`expert_lora.use_dora` is True"),
@@ -338,6 +343,14 @@ def test_settings_are_refused(changes, match):
     tensors = their_tensors(make_tiny_llama(), their_settings())
     with pytest.raises(ValueError, match=match):
         mixlora_to_ours(their_settings(**changes), tensors)
+
+
+@pytest.mark.parametrize("field", ["router_aux_loss_coef", "router_z_loss_coef", "jitter_noise", "router_loss"])
+def test_a_null_is_not_taken_for_the_default(field):
+    settings = their_settings(routing_strategy="mixlora-switch")
+    tensors = their_tensors(make_tiny_llama(), settings)
+    with pytest.raises(ValueError, match=rf"`{field}` is None, but must be"):
+        mixlora_to_ours({**settings, field: None}, tensors)
 
 
 @pytest.mark.parametrize(
@@ -363,6 +376,25 @@ def test_tensors_are_refused_by_name(change, match):
     tensors = their_tensors(make_tiny_llama(), their_settings())
     change(tensors)
     with pytest.raises(ValueError, match=match):
+        mixlora_to_ours(their_settings(), tensors)
+
+
+@pytest.mark.parametrize(
+    ("part", "side", "wanted"),
+    [
+        ("mlp.moe_gate.weight", 1, "4 x 64"),
+        ("mlp.gate_proj.experts.0.lora_B.weight", 0, "96 x 4"),
+        ("self_attn.q_proj.lora_B.weight", 0, r"\d+ x 4"),
+        ("self_attn.o_proj.lora_A.weight", 1, r"4 x \d+"),
+    ],
+)
+def test_a_layer_of_another_width_than_the_first_is_refused(part, side, wanted):
+    """Without the base model nothing else would say so before the adapter is loaded."""
+    tensors = their_tensors(make_tiny_llama(), their_settings())
+    for key in [key for key in tensors if ".layers.1." in key]:
+        if key.endswith(part) or (part.startswith("mlp.moe") and tensors[key].shape[1] == 64):
+            tensors[key] = tensors[key].narrow(side, 1, tensors[key].shape[side] - 1)
+    with pytest.raises(ValueError, match=rf"`mixlora.layers.1.{part}` .*of shape {wanted}"):
         mixlora_to_ours(their_settings(), tensors)
 
 

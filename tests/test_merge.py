@@ -14,7 +14,7 @@ from moe_peft.agreement import measure_agreement
 from moe_peft.merge import (
     METHODS,
     fit_static,
-    hidden_gates_logits,
+    hidden_and_features,
     instead_of_routing,
     routed_layers,
     save_static,
@@ -57,10 +57,11 @@ def test_the_fit_is_the_least_squares_solution_on_its_own_text(settings):
             model(**batch)
     handle.remove()
     x = torch.cat(inputs)
-    hidden, gates, logits = hidden_gates_logits(experts, x)
+    hidden, z = hidden_and_features(experts, x)
+    gates = experts.gates(x, layer.context)
     gated = hidden * gates.repeat_interleave(experts.r, dim=1)
     routed = experts.scaling * gated @ experts.lora_B.flatten(0, 1)
-    z = torch.cat((hidden, logits), dim=1).double()
+    z = z.double()
     wanted = z @ torch.linalg.lstsq(z, routed.double()).solution
     factors = fit_static(model, batches)[name]
     torch.testing.assert_close(
@@ -73,7 +74,7 @@ def test_hidden_gates_and_logits_are_the_layers_own():
     layer = next(iter(routed_layers(model).values()))
     experts = layer.linear_moe_experts["default"]
     x = torch.randn(7, layer.in_features)
-    hidden, gates, _ = hidden_gates_logits(experts, x)
+    (hidden, _), gates = hidden_and_features(experts, x), experts.gates(x, layer.context)
     by_definition = experts.scaling * (hidden * gates.repeat_interleave(experts.r, 1)) @ experts.lora_B.flatten(0, 1)
     with torch.no_grad():
         torch.testing.assert_close(layer(x) - layer.base_layer(x), by_definition, rtol=1e-4, atol=1e-5)

@@ -47,6 +47,8 @@ def rule_of(config: Mapping[str, Any]) -> Rule:
         ValueError: if no stock MoE model routes like that.
     """
     routing, top_k = config.get("routing", "softmax_top_k"), config.get("top_k")
+    if routing == "top_k" and config.get("norm_topk_prob") and config.get("scoring_func") in ("softmax", "sigmoid"):
+        return Rule(str(config["scoring_func"]), True, 2 if top_k is None else top_k)
     if routing in ("softmax_top_k", "sigmoid_top_k"):
         return Rule(routing.split("_")[0], True, 2 if top_k is None else top_k)
     if routing == "softmax":
@@ -249,4 +251,21 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise refuse(
             "router_bias", True, "False for an export", "No stock MoE model has a bias on its router: train without."
         )
+    for name, said, remedy in _NO_STOCK_MODEL:
+        value = config.get(name)
+        if value is not None and value not in said:
+            allowed = f"{' or '.join(map(repr, said)) or 'None'} for an export"
+            raise refuse(name, value, allowed, f"No stock MoE model {remedy}: serve the adapter routed.")
+    if config.get("balance") == "bias" and rule_of(config).score != "sigmoid":
+        remedy = "Only routers with sigmoid scores have a selection bias there: train with routing='sigmoid_top_k'."
+        raise refuse("balance", "bias", "another for an export", remedy)
     return config
+
+
+_NO_STOCK_MODEL = (
+    ("scoring_func", ("softmax", "sigmoid"), "routes by cosines"),
+    ("router_act", (), "has an activation on its router's logits"),
+    ("router_granularity", ("token",), "routes whole sequences"),
+    ("expert_groups", (), "is told task types"),
+)
+"""Fields of the router, what they may be, and what a stock model would have to do otherwise."""

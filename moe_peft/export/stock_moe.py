@@ -16,7 +16,14 @@ from typing import Any
 from moe_peft.export.check import check_layers, check_stored
 from moe_peft.export.checkpoint import sha256
 from moe_peft.export.plan import ExportPlan, plan_export
-from moe_peft.export.writer import Progress, check_is_free, check_space, whole_folder, write_checkpoint
+from moe_peft.export.writer import (
+    Progress,
+    check_is_free,
+    check_space,
+    remove_abandoned,
+    whole_folder,
+    write_checkpoint,
+)
 
 
 RECORD_FILE = "moe_peft_export.json"
@@ -59,12 +66,24 @@ def export_moe(
             export that does not compute what the adapter does.
     """
     plan = plan_export(base, adapter, target, base_weights, dtype)
+    carry_out(plan, out, max_shard_size, verify, on_progress)
+    return plan
+
+
+def carry_out(
+    plan: ExportPlan,
+    out: str | Path,
+    max_shard_size: int | str = "4GB",
+    verify: bool = True,
+    on_progress: Progress | None = None,
+) -> None:
+    """What `export_moe` does once there is a plan, for those who show it first."""
     out = Path(out).expanduser()
     check_is_free(out)
+    remove_abandoned(out)
     check_space(out, plan.nbytes)
     with whole_folder(out) as beside:
         write_export(plan, beside, max_shard_size, verify, on_progress)
-    return plan
 
 
 def write_export(
@@ -74,7 +93,7 @@ def write_export(
     verify: bool = True,
     on_progress: Progress | None = None,
 ) -> None:
-    """Fill an empty folder with the export; `export_moe` does this where nobody sees it half done."""
+    """Fill an empty folder with the export; `carry_out` does this where nobody sees it half done."""
     measured = check_layers(plan, folder) if verify else None
     write_checkpoint(plan.tensors, folder, max_shard_size, on_progress)
     plan.target_config().save_pretrained(folder)

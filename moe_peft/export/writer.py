@@ -11,12 +11,14 @@ import errno
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import psutil
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
@@ -26,6 +28,7 @@ from moe_peft.errors import refuse
 
 INDEX_FILE = "model.safetensors.index.json"
 _PATTERN = "model{suffix}.safetensors"
+_UNFINISHED = ".unfinished"
 _LETTERS = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -174,7 +177,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
     """
     check_is_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".unfinished", dir=out.parent))
+    beside = Path(tempfile.mkdtemp(prefix=f"{_owned(out)}{os.getpid()}.", suffix=_UNFINISHED, dir=out.parent))
     try:
         yield beside
         beside.chmod(0o755)  # mkdtemp makes it private
@@ -192,14 +195,32 @@ def whole_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def _owned(out: Path) -> str:
+    """How the name of what this machine writes for `out` begins; the number of the process follows."""
+    return f".{out.name}.{socket.gethostname()}."
+
+
+def remove_abandoned(out: Path) -> None:
+    """Remove what an export to `out` has left that was killed on this machine, and so could not remove it itself."""
+    for folder in out.parent.glob(f".*{_UNFINISHED}"):
+        owner = folder.name.removeprefix(_owned(out)).partition(".")[0]
+        if folder.name.startswith(_owned(out)) and owner.isdecimal() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def check_is_free(out: Path) -> None:
-    """Refuse a place that holds something.
+    """Refuse a place that holds something, or that no other folder can take.
 
     Raises:
-        ValueError: if `out` is a file or a folder that is not empty.
+        ValueError: if `out` is a file, a folder that is not empty, a mount point or the working folder.
     """
     if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise refuse("output", str(out), "a new or empty folder", "Nothing is overwritten: name another folder.")
+    if out.is_dir() and (os.path.ismount(out) or out.samefile(Path.cwd())):
+        allowed = "a folder that may be replaced, which a mount point and the working folder may not"
+        raise refuse(
+            "output", str(out), allowed, "Name a new folder inside it: the export appears whole, by a rename."
+        )
 
 
 def check_space(out: Path, needed: int) -> None:

@@ -152,10 +152,6 @@ class MoeTuner(BaseTuner):
         total, number = len(list(layers.children())), int(match["number"])
         return expand(config.num_experts, total, "num_experts")[number], expand(config.r, total, "r")[number]
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        self._refuse_routed(None)
-
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._refuse_routed(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
@@ -180,7 +176,8 @@ class MoeTuner(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)
         if names is None:
-            yield
+            with self._context().one_call():
+                yield
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")

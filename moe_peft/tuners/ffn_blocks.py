@@ -14,7 +14,7 @@ from torch import nn
 from moe_peft.tuners.base import linear_features
 
 
-GATES = ("gate_proj", "w1", "wi_0", "gate", "linear_fc1_gate")
+GATES = ("gate_proj", "w1", "wi_0", "gate")
 UPS = ("up_proj", "w3", "wi_1", "up")
 ALONE = ("gate_up_proj", "fc1", "c_fc", "dense_h_to_4h", "fc_in", "wi", "lin1", "up_proj", "w1")
 OUTS = ("down_proj", "w2", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "wo", "lin2", "down")
@@ -59,12 +59,9 @@ def block_of(parent: nn.Module) -> BlockNames | None:
 
 def find_blocks(model: nn.Module) -> dict[str, BlockNames]:
     """Every FFN block of the model by the name of its parent module."""
-    found = ((name, block_of(module)) for name, module in model.named_modules() if not _inside_layer(module))
+    modules = ((name, module) for name, module in model.named_modules() if not isinstance(module, BaseTunerLayer))
+    found = ((name, block_of(module)) for name, module in modules)
     return {name: block for name, block in found if block is not None}
-
-
-def _inside_layer(module: nn.Module) -> bool:
-    return isinstance(module, BaseTunerLayer)
 
 
 def _linears(parent: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -94,7 +91,7 @@ GLU_CLASSES = frozenset(
     f"{family}MLP"
     for family in (
         *("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3", "Olmo", "Olmo2", "Olmo3", "Granite"),
-        *("Cohere", "Cohere2", "SmolLM3", "SeedOss", "Ministral", "Phi3", "Glm", "Glm4", "Ernie4_5", "Helium"),
+        *("Cohere", "Cohere2", "SmolLM3", "Ministral", "Phi3", "Glm", "Glm4", "Ernie4_5", "Helium"),
     )
 )
 TWO_MATRIX_CLASSES = frozenset({"PhiMLP", "GPTNeoXMLP", "FalconMLP"})
@@ -104,12 +101,22 @@ ACTIVATIONS = ("act_fn", "activation_fn", "act")
 def fast_activation(parent: nn.Module) -> Any:
     """The block's activation if its forward is exactly `out(act(gate) * up)` or `out(act(in))`, else None.
 
-    By name of transformers' own classes, each of which a test holds against the general path: a class of the user's own
-    may do more between its linears, and then only its own code will do.
+    By name of transformers' own classes, each of which a test holds against the source: a class of the user's own may do
+    more between its linears, and so may a function that somebody has put in the place of the class's forward. Then only
+    that code will do.
     """
     kind = type(parent)
     if not kind.__module__.startswith("transformers.models."):
         return None
     if kind.__name__ not in GLU_CLASSES and kind.__name__ not in TWO_MATRIX_CLASSES:
         return None
+    if not _has_its_own_forward(kind):
+        return None
     return next((getattr(parent, name) for name in ACTIVATIONS if callable(getattr(parent, name, None))), None)
+
+
+def _has_its_own_forward(kind: type[nn.Module]) -> bool:
+    """Whether nobody has replaced or wrapped the forward that the class was defined with."""
+    forward = kind.forward
+    own = kind.__module__, f"{kind.__name__}.forward"
+    return (forward.__module__, forward.__qualname__) == own and not hasattr(forward, "__wrapped__")

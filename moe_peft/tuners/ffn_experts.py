@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from moe_peft.attach import RoutingContext
-from moe_peft.config import FfnMoeConfig, MoeConfig
+from moe_peft.config import FfnMoeConfig
 from moe_peft.experts import experts_out
 from moe_peft.ffn import out_product
 from moe_peft.ffn_fan import fan_in, fan_out
-from moe_peft.routing import Routing, RoutingRule
-from moe_peft.rules import NORMALISED_RULES, jittered, make_rule
+from moe_peft.routing import Routing
+from moe_peft.rules import jittered
 from moe_peft.tuners.router import Router, compute_dtype, scaling
+from moe_peft.tuners.router_terms import sums_to_one
 
 
 @final
@@ -41,25 +42,9 @@ class FfnExperts(Router):
         self.lora_A = nn.Parameter(torch.empty(self.num_routed + self.num_shared, r, d_in))
         self.lora_B = nn.Parameter(torch.empty(self.num_routed + self.num_shared, r, d_out))
         self.scaling, self.dropout = scaling(config, r), config.lora_dropout
-        self.normalised = config.routing in NORMALISED_RULES
-        self.jitter = config.router_jitter_noise
-        bias = torch.zeros(choices) if config.routing == "sigmoid_top_k" and self.coupled and routes else None
-        self.register_buffer("selection_bias", bias)
-        rule = make_rule(config.routing, top_p=config.top_p, num_null=num_null)
-        self.set_up_router(config, choices, d_in, rule, config.router_z_loss_coef, num_null, here=routes)
-        has_bias = config.router_bias and self.router is not None
-        self.router_bias = nn.Parameter(torch.empty(choices)) if has_bias else None
+        self.normalised, self.jitter = sums_to_one(config), config.router_jitter_noise
+        self.set_up_router(config, choices, d_in, num_null=num_null, here=routes)
         self.reset_parameters(config)
-
-    def reset_parameters(self, config: MoeConfig) -> None:
-        super().reset_parameters(config)
-        if self.router_bias is not None:
-            nn.init.zeros_(self.router_bias)
-
-    def current_rule(self) -> RoutingRule:
-        # Bound anew each time: `.to()` puts another tensor in the buffer's place.
-        bias = self.selection_bias
-        return self.rule if bias is None else make_rule("sigmoid_top_k", selection_bias=bias)
 
     @property
     def weight(self) -> Tensor:
@@ -76,9 +61,12 @@ class FfnExperts(Router):
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         """The routing of `x [*, d_in]`."""
-        assert self.router is not None
-        tokens = jittered(x.reshape(-1, x.shape[-1]), self.jitter, self.training).to(compute_dtype(x, self.router))
-        return self.routed(self.biased(nn.functional.linear(tokens, self.router.to(tokens.dtype))), context)
+        rows = x.shape[0] if x.dim() == 3 else None
+        if self.router is None:
+            return self.routed_without_logits(x.numel() // x.shape[-1], self.lora_A, context)
+        seen = jittered(x.reshape(-1, x.shape[-1]), self.jitter, self.training)
+        tokens = seen.to(compute_dtype(x, self.router))
+        return self.routed(nn.functional.linear(tokens, self.router.to(tokens.dtype)), context, seen, rows)
 
     def fan_out(self, x: Tensor, y: Tensor, routing: Routing) -> Tensor:
         """Per slot: `y [*, f]` plus the chosen expert's output for `x [*, d]`: `[*, K, f]`."""
@@ -105,9 +93,6 @@ class FfnExperts(Router):
             y = self.added(y, self.hidden(mixed, self.num_routed), self.num_routed, whole=False)
         B = self.lora_B[: self.num_routed].to(z.dtype)
         return out_product(y.reshape(-1, y.shape[-1]), z, B, self.scaling).view(y.shape)
-
-    def biased(self, logits: Tensor) -> Tensor:
-        return logits if self.router_bias is None else logits + self.router_bias.to(logits.dtype)
 
     def dropped(self, x: Tensor) -> Tensor:
         return nn.functional.dropout(x, self.dropout) if self.training and self.dropout else x

@@ -1,8 +1,9 @@
 """The fast path of an FFN mixture: a block's forward in which one autograd function stands between the frozen products.
 
 It takes the place of `forward` on blocks of transformers whose code is known to be `out(act(gate) * up)` or
-`out(act(in))`, and steps back to that code wherever anything else is wanted: no mixture active, hooks on a linear, an
-adapter whose weights are sharded away. Then the linears fan out and in by themselves, with the same result.
+`out(act(in))`, and steps back to that code wherever anything else is wanted: no mixture active, hooks on a linear,
+another activation or class forward than at injection, an adapter whose weights are sharded away. Then the linears fan
+out and in by themselves, with the same result.
 """
 
 from typing import TYPE_CHECKING, Any, Optional
@@ -58,11 +59,15 @@ class FastForward:
         layers = [self.block.layers.get(name) for name in names]
         if not self.enabled or kwargs or len(args) != 1 or any(layer is None for layer in layers):
             return None
+        if fast_activation(self.parent) is not self.kind.act:  # it or the class's forward was replaced
+            return None
         for name, layer in zip(names, layers, strict=True):
             if layer is not getattr(self.parent, name) or layer.disable_adapters or layer.merged or _hooked(layer):
                 return None
         adapter_name = layers[0].coupled_adapter()
         if adapter_name is None or any(not layer.holds(adapter_name) for layer in layers):
+            return None
+        if layers[0].experts(adapter_name).router is None:  # nothing to ask
             return None
         leaves = [layer.ffn_moe_experts[adapter_name] for layer in layers]
         return adapter_name if all(type(leaf) is FfnExperts and _whole(leaf) for leaf in leaves) else None
@@ -75,7 +80,8 @@ class FastForward:
         leaves: list[FfnExperts] = [layer.experts(adapter_name) for layer in ins]
         last: FfnExperts = out.experts(adapter_name)
         hidden, logits = self.products(x, leaves)
-        routing = leaves[0].routed(leaves[0].biased(logits), ins[0].context)
+        seen = x.reshape(-1, x.shape[-1]) if leaves[0].cosine else None
+        routing = leaves[0].routed(logits, ins[0].context, seen, x.shape[0] if x.dim() == 3 else None)
         base = [
             leaf.added(layer.below(x), rows, leaf.num_routed).reshape(-1, layer.out_features)
             for layer, leaf, rows in zip(ins, leaves, hidden, strict=True)

@@ -11,7 +11,9 @@ it once. Linears of the model that belong to no FFN block (attention) carry one 
 Two paths compute the same function. On the general one the linears themselves fan out and in: those that read the
 block's input return their output once per slot, `[*, K, f]`, the block's own code runs on it, and the last linear sums
 the slots up. On the fast one (`ffn_fast`), for blocks of transformers whose code is known, one autograd function stands
-between the frozen products and keeps nothing of width f but them.
+between the frozen products and keeps nothing of width f but them. A base that accelerate has hooked before injection
+(`force_hooks`, `device_map="auto"` over several devices) has a `forward` of accelerate's on each block, and so takes the
+general path.
 """
 
 from typing import Any, NamedTuple
@@ -105,6 +107,7 @@ class FfnMoeLinear(MoeTunerLayer):
         self.ffn_moe_experts[adapter_name] = experts
         self.r[adapter_name], self.scaling[adapter_name] = r, experts.scaling
         self.num_experts[adapter_name] = num_experts if self.block is not None else 1
+        self.context.wants_prompt |= config.router_granularity == "sequence"
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 

@@ -68,6 +68,15 @@ class MoeTunerLayer(nn.Module, BaseTunerLayer):
         """The module that holds the adapter's `lora_A [n, r, d_in]` and `lora_B [n, r, d_out]` here."""
         return getattr(self, self.adapter_layer_names[0])[adapter_name]
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As PEFT's, but buffers do not follow a base weight that is away on disk: parameters alone come back from there."""
+        experts = self.experts(adapter_name)
+        here = {name: buffer for name, buffer in experts.named_buffers(recurse=False) if not buffer.is_meta}
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        for name, buffer in here.items():
+            if experts.get_buffer(name).is_meta:
+                setattr(experts, name, buffer)
+
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """What a static adapter adds to every token, in the layout of the base weight.
 

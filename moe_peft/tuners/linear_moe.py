@@ -1,9 +1,10 @@
 """A router on each linear layer: MoLA (arXiv:2402.08562), LoRAMoE (arXiv:2312.09979), and the space around them.
 
-    y = W x + s * (sum_{e chosen} g_e(x) B_e A_e x + sum_{j shared} B_j A_j x),     g = rule(c R x),     s = alpha / r
+    y = W x + s * (sum_{e chosen} g_e(x) B_e A_e x + sum_{j shared} B_j A_j x) + sum_{c chosen} g_c(x) v_c
+    g = rule(c R x),   s = alpha / r
 
-c is `router_scale`; shared experts are DeepSeekMoE's (arXiv:2401.06066) and absent by default. With one routed expert
-there is nothing to route: the layer is a plain LoRA and can be merged.
+c is `router_scale`; shared experts are DeepSeekMoE's (arXiv:2401.06066), constant ones (v_c) MoE++'s (arXiv:2410.07348),
+both absent by default. With one routed expert there is nothing to route: the layer is a plain LoRA and can be merged.
 """
 
 from typing import Any, final
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 
 from moe_peft.attach import RoutingContext
 from moe_peft.config import LinearMoeConfig, MoeConfig
+from moe_peft.errors import refuse
 from moe_peft.experts import experts_decoded, experts_out, stacked_in
-from moe_peft.routing import ROUTING_RULES, dense_weights, with_shared
+from moe_peft.routing import Routing, dense_weights, routing_dtype, with_shared
+from moe_peft.rules import jittered
 from moe_peft.tuners.base import MoeTuner, MoeTunerLayer
 from moe_peft.tuners.router import Router, compute_dtype, scaling
+from moe_peft.tuners.scopes import RouterUnit, unit_key
 
 
 FEW_TOKENS = 32
@@ -28,43 +32,109 @@ class RoutedLora(Router):
     """One adapter on one linear layer: its router and experts. A leaf whose own forward consumes its weights.
 
     Parameters, all of one dtype (FSDP2 asks for that; routing is computed in fp32 all the same):
-        lora_A `[E + S, r, d_in]`, lora_B `[E + S, r, d_out]`, router `[E, d_in]`. The last S experts are shared: every
-        token visits them with weight 1. With one routed expert there is no router.
+        lora_A `[E + S, r, d_in]`, or `[1, r, d_in]` where all experts share it; lora_B `[E + S, r, d_out]`. The last S
+        experts are shared ones: every token visits them with weight 1.
+        router `[E + C + N, d_router]`: the choices are E experts, C constant ones and N null ones, which add nothing. It
+        is absent with one choice, where another layer's router decides, and where nothing is learned that chooses.
+        constant `[C, d_out]`: what the constant experts add.
     """
 
-    def __init__(self, config: MoeConfig, d_in: int, d_out: int, num_experts: int, r: int) -> None:
+    def __init__(
+        self,
+        config: MoeConfig,
+        d_in: int,
+        d_out: int,
+        num_experts: int,
+        r: int,
+        d_router: int = 0,
+        routes: bool = True,
+    ) -> None:
         super().__init__()
-        self.num_shared, self.r = config.num_shared_experts, r
-        self.lora_A = nn.Parameter(torch.empty(num_experts + self.num_shared, r, d_in))
+        assert isinstance(config, LinearMoeConfig)
+        self.num_shared, self.r, self.num_routed = config.num_shared_experts, r, num_experts
+        routed = num_experts > 1
+        self.num_constant = config.num_constant_experts if routed else 0
+        num_null = config.num_null_experts if routed else 0
+        choices = num_experts + self.num_constant + num_null
+        self.lora_A = nn.Parameter(torch.empty(1 if config.share_A else num_experts + self.num_shared, r, d_in))
         self.lora_B = nn.Parameter(torch.empty(num_experts + self.num_shared, r, d_out))
-        self.scaling, self.dropout = scaling(config, r), config.lora_dropout
-        self.set_up_router(config, num_experts, d_in, ROUTING_RULES[config.routing])
+        self.constant = nn.Parameter(torch.zeros(self.num_constant, d_out)) if self.num_constant else None
+        self.scaling, self.dropout, self.jitter = scaling(config, r), config.lora_dropout, config.router_jitter_noise
+        self.set_up_router(config, choices, d_router or d_in, num_null=num_null, here=routes)
+        # Then the kernel gets the weights of all experts: it knows no empty slots and no choices without low-rank weights.
+        self.spreads = choices > num_experts or config.routing == "top_p" or config.expert_groups is not None
         self.reset_parameters(config)
+
+    def reset_parameters(self, config: MoeConfig) -> None:
+        super().reset_parameters(config)
+        if self.constant is not None:
+            nn.init.zeros_(self.constant) if config.init_weights else nn.init.normal_(self.constant, std=0.02)
 
     @property
     def weight(self) -> Tensor:
         """What PEFT's FSDP policy looks for, to shard this module as a unit of its own."""
         return self.lora_B
 
-    def forward(self, x: Tensor, y: Tensor, context: RoutingContext) -> Tensor:
-        """`y` plus the experts' output for `x`.
+    def forward(
+        self, x: Tensor, y: Tensor | None, context: RoutingContext, routing: Routing | None = None
+    ) -> Tensor | Routing:
+        """`y` plus the experts' output for `x`; without `y`, the routing alone.
 
         Args:
             x: `[*, d_in]`; cast to the adapter's dtype, or to autocast's.
             y: `[*, d_out]`, the frozen layer's output; its shape and dtype are those of the result.
+            context: of the model.
+            routing: where another layer's router has decided.
         """
+        if y is None:
+            return self._route(x, context)
         dtype = compute_dtype(x, self.lora_A)
-        if self.router is None:
-            hidden = self.lora_A.flatten(0, 1).to(dtype) @ self._dropped(x.reshape(-1, x.shape[-1]).to(dtype)).T
-            weights = hidden.new_ones(hidden.shape[1], 1 + self.num_shared)
-            return self._added(y, hidden, weights, None)
+        if self.num_experts == 1 or self.router is None or routing is not None:
+            return self._without_router(x, y, context, dtype, routing)
         # Training without gradient is the first pass of re-entrant checkpointing: it must round as the second one does.
-        if not (self.training or torch.is_grad_enabled()) and x.numel() <= FEW_TOKENS * x.shape[-1]:
+        few = not (self.training or torch.is_grad_enabled()) and x.numel() <= FEW_TOKENS * x.shape[-1]
+        if few and not self.spreads and len(self.lora_A) > 1:
             return self._decoded(x, y, context, dtype)
         dropout = self.dropout if self.training else 0.0
         hidden, logits = stacked_in(x, self.lora_A.to(dtype), self.router.to(dtype), dropout)
-        routing = with_shared(self.routed(logits, context), self.num_shared)
-        return self._added(y, hidden, routing.top_k_weights, routing.top_k_index)
+        if self.training and self.jitter:
+            return self._added(y, hidden, self._route(x, context))
+        return self._added(y, hidden, self.routed(logits, context, *self._seen(x)))
+
+    def _route(self, x: Tensor, context: RoutingContext) -> Routing:
+        """The routing of `x [*, d_router]` by itself."""
+        assert self.router is not None
+        dtype = compute_dtype(x, self.router)
+        seen = jittered(x, self.jitter, self.training)
+        logits = nn.functional.linear(seen.reshape(-1, x.shape[-1]).to(dtype), self.router.to(dtype))
+        return self.routed(logits, context, *self._seen(seen))
+
+    def gates(self, x: Tensor, context: RoutingContext, routing: Routing | None = None) -> Tensor:
+        """The weights that `forward` gives the experts with low-rank weights, `[T, E + S]`; its arguments are those."""
+        tokens = x.numel() // x.shape[-1]
+        if self.num_experts == 1:
+            return x.new_ones(tokens, 1 + self.num_shared, dtype=routing_dtype(x.dtype))
+        if routing is None:
+            asked = self.router is not None
+            routing = self._route(x, context) if asked else self.routed_without_logits(tokens, x, context)
+        weights = dense_weights(routing)[:, : self.num_routed]
+        return torch.cat((weights, weights.new_ones(tokens, self.num_shared)), dim=1)
+
+    def _seen(self, x: Tensor) -> tuple[Tensor | None, int | None]:
+        """What the routing needs of x beside its logits."""
+        return x.reshape(-1, x.shape[-1]) if self.cosine else None, x.shape[0] if x.dim() == 3 else None
+
+    def _without_router(
+        self, x: Tensor, y: Tensor, context: RoutingContext, dtype: torch.dtype, routing: Routing | None
+    ) -> Tensor:
+        """`forward` where no router of this layer decides: a plain LoRA, "random", "given", or a layer that follows."""
+        hidden = self.lora_A.flatten(0, 1).to(dtype) @ self._dropped(x.reshape(-1, x.shape[-1]).to(dtype)).T
+        if routing is None and self.num_experts > 1:
+            routing = self.routed_without_logits(hidden.shape[1], hidden, context)
+        if routing is None:
+            one = hidden.new_ones(hidden.shape[1], 1, dtype=routing_dtype(dtype))
+            routing = Routing(one, one, None)
+        return self._added(y, hidden, routing)
 
     def _decoded(self, x: Tensor, y: Tensor, context: RoutingContext, dtype: torch.dtype) -> Tensor:
         """`forward` for a few tokens without gradient: reading x twice is cheaper than stacking the weights."""
@@ -73,15 +143,22 @@ class RoutedLora(Router):
         if A.dtype != dtype:
             A, B, R = A.to(dtype), B.to(dtype), R.to(dtype)
         tokens = x.reshape(-1, x.shape[-1]).to(dtype)
-        routing = self.routed(nn.functional.linear(tokens, R), context)
+        routing = self.routed(nn.functional.linear(tokens, R), context, *self._seen(x))
         gates = dense_weights(routing).to(dtype)
         if self.num_shared:
             gates = torch.cat((gates, gates.new_ones(gates.shape[0], self.num_shared)), dim=1)
         return experts_decoded(y.reshape(-1, y.shape[-1]), tokens, A, B, gates, self.scaling).view(y.shape)
 
-    def _added(self, y: Tensor, hidden: Tensor, weights: Tensor, index: Tensor | None) -> Tensor:
+    def _added(self, y: Tensor, hidden: Tensor, routing: Routing) -> Tensor:
         """`y` plus the weighted experts' output for `hidden [n, T]`."""
         flat = y.reshape(-1, y.shape[-1])
+        if self.spreads:
+            every = dense_weights(routing)
+            if self.constant is not None:
+                gates = every[:, self.num_routed : self.num_routed + self.num_constant].to(hidden.dtype)
+                flat = flat + (gates @ self.constant.to(hidden.dtype)).to(flat.dtype)
+            routing = routing._replace(top_k_weights=every[:, : self.num_routed], top_k_index=None)
+        weights, index = with_shared(routing, self.num_shared)[1:]
         out = experts_out(flat, hidden, self.lora_B.to(hidden.dtype), weights, index, self.scaling)
         return out.view(y.shape)
 
@@ -102,24 +179,89 @@ class LinearMoeLinear(MoeTunerLayer):
         self.r: dict[str, int] = {}
         self.num_experts: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
+        self.place = ("", "")  # the parent's key and the name in it
+        self.units: dict[str, RouterUnit] = {}  # by adapter, where another scope than "linear" is asked for
 
     def update_layer(self, adapter_name: str, config: LinearMoeConfig, num_experts: int, r: int) -> None:
         """Give the adapter its experts on this layer."""
-        experts = RoutedLora(config, self.in_features, self.out_features, num_experts, r)
+        routes, d_router = self._joins(adapter_name, config, num_experts)
+        experts = RoutedLora(config, self.in_features, self.out_features, num_experts, r, d_router, routes)
         self.linear_moe_experts[adapter_name] = experts
         self.r[adapter_name], self.num_experts[adapter_name] = r, num_experts
         self.scaling[adapter_name] = experts.scaling
+        self.context.wants_prompt |= config.router_granularity == "sequence"
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _joins(self, adapter_name: str, config: LinearMoeConfig, num_experts: int) -> tuple[bool, int]:
+        """Whether this layer has the router of its unit, and how wide that is where it is not the layer's own input."""
+        scope = config.router_scope
+        if scope == "linear" or num_experts == 1 and config.num_null_experts + config.num_constant_experts == 0:
+            return True, 0
+        unit = self.context.units.setdefault((scope, unit_key(scope, *self.place)), RouterUnit(scope))
+        self.units[adapter_name] = unit
+        if unit.join(adapter_name, self):
+            self.context.wants_embeddings |= scope == "model"
+            return True, self.context.embedding_width if scope == "model" else 0
+        first = unit.first[adapter_name]
+        assert isinstance(first, LinearMoeLinear)
+        if first.num_experts[adapter_name] != num_experts:
+            raise refuse(
+                "router_scope",
+                scope,
+                f"'linear' or 'block' where `num_experts` = {config.num_experts!r} differs between the layers of one {scope}",
+                "One decision can only choose among equally many experts: give them the same number.",
+            )
+        first.experts(adapter_name).share = 1 / unit.members[adapter_name] if scope == "model" else 1.0
+        return False, 0
 
     def holds(self, adapter_name: str) -> bool:
         return adapter_name in self.r  # read faster than the module itself, and PEFT keeps both
 
     def add_experts_output(self, x: Tensor, y: Tensor, adapter_name: str) -> Tensor:
-        return self.linear_moe_experts[adapter_name](x, y, self.context)
+        experts = self.linear_moe_experts[adapter_name]
+        if adapter_name not in self.units:
+            return experts(x, y, self.context)
+        return experts(x, y, self.context, self._shared_routing(x, adapter_name))
+
+    def _shared_routing(self, x: Tensor, adapter_name: str) -> Routing:
+        unit = self.units[adapter_name]
+        first = unit.first[adapter_name]
+        assert isinstance(first, LinearMoeLinear)
+        if unit.scope == "model":
+            # Asked anew by each layer, so that a recomputed layer does not reach into another one's graph.
+            return first.linear_moe_experts[adapter_name](self.context.required_embeddings(x), None, self.context)
+        if first is not self:
+            return unit.take(adapter_name, x.numel() // x.shape[-1])
+        routing = self.linear_moe_experts[adapter_name](x, None, self.context)
+        unit.hand_on(adapter_name, routing)
+        return routing
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        unit = self.units.pop(adapter_name, None)
+        if unit is not None:
+            unit.leave(adapter_name)
 
     def is_static(self, adapter_name: str) -> bool:
-        return self.num_experts.get(adapter_name, 1) == 1
+        if adapter_name not in self.r:
+            return True
+        experts = self.experts(adapter_name)
+        return experts.num_experts == 1 or experts.routing == "random"
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """As for a plain LoRA; under "random" the experts' mean, which is what it computes in use."""
+        experts = self.experts(adapter_name) if self.holds(adapter_name) else None
+        if experts is None or experts.num_experts == 1:
+            return super().get_delta_weight(adapter_name)
+        if not self.is_static(adapter_name):
+            return super().get_delta_weight(adapter_name)  # which refuses
+        A, B = (factor.to(routing_dtype(factor.dtype)) for factor in (experts.lora_A, experts.lora_B))
+        gates = B.new_full((len(B),), 1 / experts.num_routed)
+        gates[experts.num_routed :] = 1
+        delta = experts.scaling * torch.einsum("e,ero,eri->oi", gates, B, A.expand(len(B), -1, -1))
+        delta = delta.T if type(self.get_base_layer()).__name__ == "Conv1D" else delta
+        return delta.to(self.get_base_weight().dtype)
 
 
 class LinearMoeModel(MoeTuner):
@@ -128,3 +270,10 @@ class LinearMoeModel(MoeTuner):
     prefix = "linear_moe_"
     tuner_layer_cls = LinearMoeLinear
     layer_cls = LinearMoeLinear
+
+    def _new_layer(self, target: nn.Module, target_name: str, parent: nn.Module, current_key: str) -> MoeTunerLayer:
+        """A layer that knows its place, by which layers that share a router find each other."""
+        layer = super()._new_layer(target, target_name, parent, current_key)
+        assert isinstance(layer, LinearMoeLinear)
+        layer.place = (current_key.rpartition(".")[0], target_name)
+        return layer

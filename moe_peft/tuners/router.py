@@ -1,25 +1,25 @@
-"""What every module with a router of its own shares: the weights that choose, the rule, the balance and the record."""
+"""What every module with a router of its own shares: the weights that choose, the rule, the balance and the record.
+
+Logits pass through a few steps, each of them absent unless asked for, in this order:
+
+    bias, cosine -> activation -> scale (1 / temperature, scheduled) -> mean over the prompt -> mask by task type
+    -> balance gradient attached -> rule (`moe_peft.rules`, `moe_peft.selection`)
+"""
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from moe_peft.attach import (
-    BalanceGradient,
-    MicroBatch,
-    RouterState,
-    RoutingContext,
-    balanced,
-    localized_step,
-    switch_step,
-)
+from moe_peft.attach import RouterState, RoutingContext, balanced
+from moe_peft.balance_terms import updated_bias
 from moe_peft.config import MoeConfig
 from moe_peft.routing import DENSE_RULES, Routing, RoutingRule, routing_dtype
-from moe_peft.rules import TOP_1_RULES, null_pooled, switch_gradient_sigmoid, z_gradient
+from moe_peft.rules import TOP_1_RULES
+from moe_peft.selection import ACTIVATIONS, at_random, evenly, given, only_allowed
+from moe_peft.tuners.router_terms import Terms, balance_terms, bind_rule
 
 
 class _Anchored(Function):
@@ -45,50 +45,82 @@ class Router(nn.Module):
 
     Attributes:
         lora_A, lora_B: `[n, r, d_in]` and `[n, r, d_out]`, made by the type.
-        router: `[N, d_in]`, or None where there is nothing to choose.
+        router: `[N, d_in]`, or None where there is nothing to choose or nothing to learn. A buffer under `freeze_router`.
+        router_bias: `[N]`, with `router_bias` alone.
+        selection_bias: `[N]`, a buffer: added to the scores that choose and never to the weights.
+        expert_groups: `[G, N]` bool, a buffer: where tokens of each type may go.
         num_experts: N, all that a token can choose from; null experts are the last.
-        top_k: slots per token.
+        top_k: slots per token, at the end of its schedule.
         visited: experts whose weights a token uses, at most.
         balances_load: whether the balance loss follows the load, which ranks then share.
+        balances_bias: whether the selection bias is moved after each optimizer step.
         coef: of the balance loss, 0 where there is none.
+        share: of the balance loss that each call counts, where one router is asked by many layers.
         state: loads and sums of this router.
     """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
-    router: nn.Parameter | None
+    router: Any
+    router_bias: nn.Parameter | None
+    selection_bias: Tensor | None
+    expert_groups: Tensor | None
+    share: float = 1.0
 
     def set_up_router(
         self,
         config: MoeConfig,
         num_experts: int,
         d_in: int,
-        rule: RoutingRule,
-        z_coef: float = 0.0,
+        rule: RoutingRule | None = None,
         num_null: int = 0,
         here: bool = True,
     ) -> None:
         """Make the router for `num_experts` choices; one needs none, and not `here` means that another module has it."""
-        self.num_experts = num_experts
-        self.router = nn.Parameter(torch.empty(num_experts, d_in)) if num_experts > 1 and here else None
-        self.rule = rule
-        self.top_k = _slots(config, num_experts)
+        self.num_experts, self.num_null, self.routing = num_experts, num_null, config.routing
+        learns = num_experts > 1 and here and config.routing not in ("random", "given")
+        self._make_weights(config, num_experts, d_in, learns)
+        self.bound = bind_rule(config, num_null)
+        self.rule = rule or self.bound()
+        self.top_k, self.top_k_start = _slots(config, num_experts), config.top_k_start
         self.visited = min(self.top_k, num_experts - num_null)
-        self.router_scale = config.router_scale
-        self.balances_load = config.balance == "switch"
-        self.needs_task_types = config.balance == "localized" and config.router_aux_loss_coef > 0
-        self.coef = config.router_aux_loss_coef if config.balance != "none" else 0.0
-        self.gradient = _gradient(config, num_null)
-        if z_coef:
-            terms = ((self.coef, self.gradient), (z_coef, _z_step))
-            self.coef, self.gradient = 1.0, partial(_weighted_sum, terms=terms)
+        self.router_scale, self.cosine = config.router_scale, config.scoring_func == "cosine"
+        self.act = ACTIVATIONS[config.router_act] if config.router_act else None
+        self.temperature_start, self.schedule_steps = config.router_temperature_start, config.schedule_steps
+        self.by_sequence = config.router_granularity == "sequence" and learns
+        self._set_balance(balance_terms(config, num_null))
         self.state = RouterState()
+        self.state.collects = self.balances_bias
+
+    def _set_balance(self, terms: Terms) -> None:
+        self.balances_load, self.balances_bias = terms.balances_load, terms.balances_bias
+        self.needs_task_types, self.coef, self.gradient = terms.needs_task_types, terms.coef, terms.gradient
+        self.bias_update_speed, self.target_active = terms.bias_update_speed, terms.target_active
+
+    def _make_weights(self, config: MoeConfig, num_experts: int, d_in: int, learns: bool) -> None:
+        weight = torch.empty(num_experts, d_in) if learns else None
+        if weight is not None and config.freeze_router:
+            self.register_buffer("router", weight)
+        else:
+            self.router = None if weight is None else nn.Parameter(weight)
+        self.router_bias = nn.Parameter(torch.zeros(num_experts)) if config.router_bias and learns else None
+        has_bias = learns and (config.balance == "bias" or config.routing == "sigmoid_top_k")
+        self.register_buffer("selection_bias", torch.zeros(num_experts) if has_bias else None)
+        groups = None
+        if config.expert_groups is not None and num_experts > 1:
+            groups = torch.zeros(len(config.expert_groups), num_experts, dtype=torch.bool)
+            for row, experts in zip(groups, config.expert_groups, strict=True):
+                row[experts] = True
+                row[config.experts_of_layer(num_experts) :] = True  # constant and null experts are everybody's
+        self.register_buffer("expert_groups", groups, persistent=False)  # the config has it
 
     def reset_parameters(self, config: MoeConfig) -> None:
         """A as `nn.Linear` draws it, B zero: a fresh adapter changes nothing, whatever the router says."""
         for expert in self.lora_A:
             nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B) if config.init_weights else nn.init.normal_(self.lora_B, std=0.02)
+        if self.router_bias is not None:
+            nn.init.zeros_(self.router_bias)
         if self.router is None:
             return
         if config.router_init_std is None:
@@ -99,32 +131,103 @@ class Router(nn.Module):
             nn.init.normal_(self.router, std=config.router_init_std)
 
     def current_rule(self) -> RoutingRule:
-        """The rule with the settings that it has now."""
-        return self.rule
+        """The rule with the settings that it has now. `.to()` puts another tensor in a buffer's place."""
+        return self.rule if self.selection_bias is None else self.bound(self.selection_bias)
 
-    def routed(self, logits: Tensor, context: RoutingContext) -> Routing:
-        """The routing of `logits [T, N]`, in fp32 or better, balanced in training and counted where somebody watches."""
-        logits = logits.to(routing_dtype(logits.dtype))
-        if self.router_scale != 1.0:
-            logits = logits * self.router_scale
-        rule = self.current_rule()
-        logits = self.observed(logits, rule, context)
-        routing = rule(logits, self.top_k)
+    def move_bias(self, counts: Tensor) -> None:
+        """One step of the selection bias; `counts [N + 1]` are the choices since the last one, then the tokens."""
+        self.state.step_counts = None
+        bias = self.selection_bias
+        if bias is None:
+            return
+        counts, tokens = counts[:-1].to(bias.device), counts[-1].to(bias.device)
+        if int(tokens):
+            true = self.num_experts - self.num_null
+            bias.copy_(updated_bias(bias, counts, tokens, self.bias_update_speed, true, self.target_active))
+
+    def slots(self, context: RoutingContext) -> int:
+        """K, on its way from `top_k_start` to `top_k` while training."""
+        if self.top_k_start is None or not self.training or context.step is None:
+            return self.top_k
+        start, done = min(self.top_k_start, self.num_experts), min(1.0, context.step / self.schedule_steps)
+        return round(start + (self.top_k - start) * done)
+
+    def scale(self, context: RoutingContext) -> float:
+        """1 / temperature, on its way from 1 / `router_temperature_start` to `router_scale` while training."""
+        if self.temperature_start is None or not self.training or context.step is None:
+            return self.router_scale
+        end, done = 1 / self.router_scale, min(1.0, context.step / self.schedule_steps)
+        return 1 / (self.temperature_start + (end - self.temperature_start) * done)
+
+    def routed(
+        self, logits: Tensor, context: RoutingContext, x: Tensor | None = None, rows: int | None = None
+    ) -> Routing:
+        """The routing of `logits [T, N]`, in fp32 or better, balanced in training and counted where somebody watches.
+
+        Args:
+            logits: what the product with `router` gave.
+            context: of the model.
+            x: `[T, d_in]`, what the router saw; for cosine scores alone.
+            rows: of how many rows the T tokens are, where the caller knows it; else the context may.
+        """
+        rows = rows or context.rows
+        logits = self._signal(logits.to(routing_dtype(logits.dtype)), context, x)
+        if self.by_sequence:
+            logits = self._of_sequence(logits, context, rows)
+        if self.expert_groups is not None:
+            logits = only_allowed(logits, self.expert_groups, context.types_of_tokens(logits.shape[0]))
+        rule, top_k = self.current_rule(), self.slots(context)
+        logits = self.observed(logits, rule, context, rows, top_k)
+        routing = rule(logits, top_k)
         if logits.requires_grad and not routing.top_k_weights.requires_grad:
             routing = routing._replace(top_k_weights=_Anchored.apply(routing.top_k_weights, logits))
         return routing
 
-    def observed(self, logits: Tensor, rule: RoutingRule, context: RoutingContext) -> Tensor:
+    def _signal(self, logits: Tensor, context: RoutingContext, x: Tensor | None) -> Tensor:
+        if self.cosine:
+            assert x is not None
+            norms = x.to(logits.dtype).norm(dim=-1, keepdim=True) * self.router.to(logits.dtype).norm(dim=-1)
+            logits = logits / norms.clamp(min=1e-12)
+        if self.router_bias is not None:
+            logits = logits + self.router_bias.to(logits.dtype)
+        if self.act is not None:
+            logits = self.act(logits)
+        scale = self.scale(context)
+        return logits if scale == 1.0 else logits * scale
+
+    def _of_sequence(self, logits: Tensor, context: RoutingContext, rows: int) -> Tensor:
+        """Every token gets its row's mean over the prompt; the tokens that are generated keep what the prompt decided."""
+        rows = rows or 1
+        pinned = None if context.decoding is None else context.pinned.get(context.decoding, {}).get(id(self))
+        tokens = logits.view(rows, -1, logits.shape[-1])
+        if pinned is None or pinned.shape[0] != rows:
+            seen = context.prompt_tokens(rows, tokens.shape[1], logits)
+            pinned = (tokens * seen).sum(1) / seen.sum(1).clamp(min=1)
+            context.pin(id(self), pinned)
+        return pinned.unsqueeze(1).expand_as(tokens).reshape(logits.shape)
+
+    def routed_without_logits(self, tokens: int, like: Tensor, context: RoutingContext) -> Routing:
+        """Under "random" and "given": no router has to be asked. `like` has the dtype and device of the weights."""
+        like = like.new_empty((), dtype=routing_dtype(like.dtype))
+        if self.routing == "given":
+            assert self.expert_groups is not None
+            return given(self.expert_groups, context.types_of_tokens(tokens).to(like.device), like.dtype)
+        return at_random(tokens, self.num_experts, like) if self.training else evenly(tokens, self.num_experts, like)
+
+    def observed(
+        self, logits: Tensor, rule: RoutingRule, context: RoutingContext, rows: int = 0, top_k: int | None = None
+    ) -> Tensor:
         """The logits, with the balance gradient attached in training and counted where somebody watches."""
+        top_k = top_k or self.top_k
         if self.training and torch.is_grad_enabled():
-            if not (self.coef or context.watching):
+            if not (self.coef or context.watching or self.balances_bias):
                 return logits
             real = context.real_tokens(logits.shape[0])
-            task_types = context.required_task_types() if self.needs_task_types else None
-            settings = rule, self.top_k, self.coef, self.gradient
-            return balanced(logits, self.state, *settings, real, task_types, context)
+            task_types = context.required_task_types() if self.needs_task_types else context.task_types
+            settings = rule, top_k, self.coef * self.share, self.gradient
+            return balanced(logits, self.state, *settings, real, task_types, context, rows)
         if context.recording:
-            self.state.observe(rule(logits, self.top_k), context.real_tokens(logits.shape[0]))
+            self.state.observe(rule(logits, top_k), context.real_tokens(logits.shape[0]))
         return logits
 
 
@@ -133,42 +236,6 @@ def _slots(config: MoeConfig, num_experts: int) -> int:
     if config.routing in TOP_1_RULES:
         return 1
     return num_experts if config.routing in DENSE_RULES else min(config.top_k or num_experts, num_experts)
-
-
-def _gradient(config: MoeConfig, num_null: int) -> BalanceGradient | None:
-    if config.balance == "localized":
-        return localized_step(config.balance_delta)
-    if config.balance != "switch":
-        return None
-    if config.routing == "sigmoid_top_k":
-        return _sigmoid_step
-    return partial(_null_step, num_null=num_null) if num_null else switch_step
-
-
-def _sigmoid_step(state: RouterState, batch: MicroBatch, rule: RoutingRule, top_k: int) -> Tensor:
-    return switch_gradient_sigmoid(batch.routing.router_logits, batch.real, state.updated_load(batch.counts))
-
-
-def _null_step(state: RouterState, batch: MicroBatch, rule: RoutingRule, top_k: int, num_null: int) -> Tensor:
-    """AdaMoE's: null experts are all alike, so the loss does not care which of them is chosen."""
-    counts = null_pooled(batch.counts, len(batch.counts) - num_null)
-    return switch_step(state, batch._replace(counts=counts), rule, top_k)
-
-
-def _z_step(state: RouterState, batch: MicroBatch, rule: RoutingRule, top_k: int) -> Tensor:
-    return z_gradient(batch.routing.router_logits, batch.real)
-
-
-def _weighted_sum(
-    state: RouterState,
-    batch: MicroBatch,
-    rule: RoutingRule,
-    top_k: int,
-    terms: tuple[tuple[float, BalanceGradient | None], ...],
-) -> Tensor:
-    """Several losses as one; those without weight are left out."""
-    parts = [coef * step(state, batch, rule, top_k) for coef, step in terms if coef and step is not None]
-    return torch.stack(parts).sum(0)
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

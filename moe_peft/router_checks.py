@@ -1,0 +1,380 @@
+"""What the config classes refuse of the router and its balance, and what they fill in where a field was left out.
+
+They run in the order in which they stand here: a later one may rely on what an earlier one has let through.
+"""
+
+from typing import Any
+
+from moe_peft.allocation import parse
+from moe_peft.balance import BALANCES
+from moe_peft.config_checks import is_count, is_number
+from moe_peft.errors import nearest, refuse
+from moe_peft.rules import TOP_1_RULES, TOP_K_RULES, TOP_P
+from moe_peft.selection import ACTIVATIONS, DENSE_ROUTINGS, ROUTINGS, SCORES
+
+
+SELECTING = frozenset(ROUTINGS) - DENSE_ROUTINGS
+"""Values of `routing` under which a token leaves some experts out: those that have a load."""
+
+SWITCHES = ("switch", "switch_local", "sequence")
+"""Balances that look at the load."""
+
+
+def check_routing(config: Any) -> None:
+    """The rule, and the choices that it leaves open."""
+    if config.routing not in ROUTINGS:
+        allowed = "one of " + ", ".join(repr(rule) for rule in ROUTINGS)
+        raise refuse("routing", config.routing, allowed, nearest(str(config.routing), ROUTINGS))
+    rule = f"with `routing` = {config.routing!r}"
+    free, softmax = (
+        config.routing in ("top_k", "all"),
+        config.routing in ("softmax_top_k", "softmax", "top_1", "top_p"),
+    )
+    scores: tuple[str, ...] = SCORES if free else ("softmax", "cosine") if softmax else ()
+    if config.scoring_func is not None and config.scoring_func not in scores:
+        allowed = f"one of {', '.join(map(repr, scores))} {rule}" if scores else f"left out {rule}, which says it"
+        raise refuse("scoring_func", config.scoring_func, allowed, "'top_k' and 'all' leave the score open.")
+    if config.norm_topk_prob is not None and not (free and isinstance(config.norm_topk_prob, bool)):
+        allowed = "True or False" if free else f"left out {rule}, which says it"
+        raise refuse("norm_topk_prob", config.norm_topk_prob, allowed, "'top_k' and 'all' leave it open.")
+    if free:
+        config.scoring_func = config.scoring_func or "softmax"
+        config.norm_topk_prob = True if config.norm_topk_prob is None else config.norm_topk_prob
+    factor = config.routed_scaling_factor
+    if not is_number(factor) or factor <= 0:
+        raise refuse("routed_scaling_factor", factor, "a positive number", "1.0 leaves the weights as they are.")
+    if factor != 1.0 and config.routing in ("top_1_hard", "top_1_straight_through", "sparsegen", "random", "given"):
+        raise refuse("routed_scaling_factor", factor, f"1.0 {rule}", "Put the factor into `lora_alpha`.")
+
+
+def check_router(config: Any) -> None:
+    """How the logits come about."""
+    rule = f"with `routing` = {config.routing!r}"
+    if config.routing == "top_p":
+        config.top_p = TOP_P if config.top_p is None else config.top_p
+        if not is_number(config.top_p) or not 0.0 < config.top_p <= 1.0:
+            raise refuse("top_p", config.top_p, "above 0 and at most 1", f"MixLoRA uses {TOP_P}.")
+    elif config.top_p is not None:
+        raise refuse("top_p", config.top_p, f"left out {rule}", "Remove `top_p`, or set `routing` to 'top_p'.")
+    sparsity = config.sparsegen_lambda
+    if sparsity is not None and config.routing != "sparsegen":
+        raise refuse("sparsegen_lambda", sparsity, f"left out {rule}", "Remove it, or set `routing` to 'sparsegen'.")
+    if sparsity is not None and not (is_number(sparsity) and sparsity < 1):
+        raise refuse("sparsegen_lambda", sparsity, "a number below 1", "0.0 is sparsemax; -3.0 uses more experts.")
+    if config.router_act is not None and config.router_act not in ACTIVATIONS:
+        allowed = "None or one of " + ", ".join(map(repr, ACTIVATIONS))
+        raise refuse("router_act", config.router_act, allowed, nearest(str(config.router_act), ACTIVATIONS))
+    if config.router_granularity not in ("token", "sequence"):
+        allowed = "'token' or 'sequence'"
+        raise refuse("router_granularity", config.router_granularity, allowed, "'token' is the usual one.")
+    noise = config.router_jitter_noise
+    if not is_number(noise) or not 0.0 <= noise < 1.0:
+        raise refuse("router_jitter_noise", noise, "at least 0 and below 1", "0.01 is common, 0 turns it off.")
+    _check_null_experts(config)
+    _check_without_router(config, rule)
+
+
+def _check_without_router(config: Any, rule: str) -> None:
+    """Under "random" and "given" nothing is learned that chooses, so what shapes a router would be ignored."""
+    if config.routing not in ("random", "given"):
+        return
+    given = {
+        "router_bias": config.router_bias,
+        "router_act": config.router_act,
+        "router_jitter_noise": config.router_jitter_noise,
+        "freeze_router": config.freeze_router,
+        "router_init_std": config.router_init_std is not None,
+        "router_scale": config.router_scale != 1.0,
+        "router_granularity": config.router_granularity != "token",
+        "router_temperature_start": config.router_temperature_start is not None,
+    }
+    for name, written in given.items():
+        if written:
+            raise refuse(name, getattr(config, name), f"left out {rule}, which has no router", f"Remove `{name}`.")
+
+
+def _check_null_experts(config: Any) -> None:
+    null = config.num_null_experts
+    if not is_count(null):
+        raise refuse("num_null_experts", null, "a whole number of at least 0", "As many as experts is common.")
+    if null == 0:
+        return
+    if config.routing not in ("softmax_top_k", "sigmoid_top_k", "top_k"):
+        raise refuse(
+            "num_null_experts",
+            null,
+            f"0 with `routing` = {config.routing!r}",
+            "Null experts take the place of some of several experts that a token chooses: remove them, or set `routing` "
+            "to 'softmax_top_k'.",
+        )
+    if min(parse(config.num_experts, "num_experts")) == 1:
+        raise refuse(
+            "num_null_experts",
+            null,
+            f"0 with `num_experts` = {config.num_experts!r}, which gives some layers only 1",
+            "The weight of a single expert would always be 1 and the task would never train its router: raise "
+            "`num_experts` to at least 2.",
+        )
+
+
+def check_top_k(config: Any) -> None:
+    rule = f"with `routing` = {config.routing!r}"
+    if config.routing in DENSE_ROUTINGS or config.routing in TOP_1_RULES:
+        fixed = "every expert" if config.routing in DENSE_ROUTINGS else "one expert"
+        if config.top_k is not None and not (config.routing in TOP_1_RULES and config.top_k == 1):
+            raise refuse(
+                "top_k",
+                config.top_k,
+                f"left out {rule}, which sends each token to {fixed}",
+                "Remove `top_k`, or set `routing` to 'softmax_top_k'.",
+            )
+        return
+    experts = parse(config.num_experts, "num_experts")
+    fewest, most = min(experts), max(experts)
+    given = config.top_k is not None
+    if not given and config.routing == "top_p":
+        return
+    if not given:
+        config.top_k = 1 if most == 1 else 2
+    if not is_count(config.top_k) or config.top_k < 1:
+        raise refuse("top_k", config.top_k, "a whole number of at least 1", "2 is what MoLA and MixLoRA use.")
+    if config.routing == "top_p":
+        if config.top_k > most:
+            raise refuse(
+                "top_k",
+                config.top_k,
+                f"at most {most}, or left out, {rule}, where it is the most experts that a token may visit",
+                "No layer has more experts: remove `top_k`, or lower it.",
+            )
+        return
+    null = config.num_null_experts + getattr(config, "num_constant_experts", 0)
+    if null and config.top_k >= fewest + null:
+        raise refuse(
+            "top_k",
+            config.top_k,
+            f"below {fewest + null}, the sum of {null} null or constant experts and of `num_experts` = "
+            f"{config.num_experts!r} in the smallest layer",
+            "A token that visits all of them has nothing to choose: lower `top_k` or add null experts.",
+        )
+    if not null and config.top_k > fewest and not given:
+        raise refuse(
+            "num_experts",
+            config.num_experts,
+            f"at least 2 in every layer {rule}, as `top_k` was not given and is then 2",
+            "Raise the smallest number. A single expert needs a rule that takes one or all: 'top_1' or 'softmax'.",
+        )
+    if not null and config.top_k > fewest:
+        lower = "lower `top_k` or " if fewest > 1 else ""  # 1 is refused below
+        raise refuse(
+            "top_k",
+            config.top_k,
+            f"at most {fewest}, as `num_experts` = {config.num_experts!r} gives some layers only {fewest}",
+            f"A token cannot visit more experts than its layer has: {lower}raise the smallest number.",
+        )
+    normalised = config.routing in TOP_K_RULES or config.norm_topk_prob
+    if config.top_k == 1 and most > 1 and normalised:
+        better = "top_1_straight_through" if config.routing == "sigmoid_top_k" else "top_1"
+        raise refuse(
+            "top_k",
+            1,
+            f"at least 2 {rule}",
+            f"The one weight would always be 1 and the task would never train the router: use `routing` = {better!r}.",
+        )
+
+
+def check_groups(config: Any) -> None:
+    """`expert_groups`, which "given" fills in: one expert for each type."""
+    groups, experts = config.expert_groups, parse(config.num_experts, "num_experts")
+    if groups is None and config.routing == "given":
+        if len(set(experts)) > 1:
+            raise refuse(
+                "num_experts",
+                config.num_experts,
+                "one number with `routing` = 'given', where task type t goes to expert t in every layer",
+                "Give `expert_groups`, or the same number of experts to each layer.",
+            )
+        groups = config.expert_groups = [[expert] for expert in range(experts[0])]
+    if groups is None:
+        return
+    fewest = min(experts)
+    listed = isinstance(groups, list) and groups and all(isinstance(g, list) and g for g in groups)
+    if not listed or any(not is_count(e) or e >= fewest for g in groups for e in g):
+        raise refuse(
+            "expert_groups",
+            groups,
+            f"a list of lists that are not empty, with whole numbers from 0 to {fewest - 1}, the last expert of the "
+            "smallest layer",
+            "Write one list of experts for each task type: [[0, 1], [2, 3]] keeps two types apart.",
+        )
+    if config.balance == "localized":
+        raise refuse(
+            "balance", "localized", "another with `expert_groups`", "The groups separate the experts already."
+        )
+
+
+def check_schedules(config: Any) -> None:
+    starts = {"top_k_start": config.top_k_start, "router_temperature_start": config.router_temperature_start}
+    steps = config.schedule_steps
+    if not is_count(steps):
+        raise refuse("schedule_steps", steps, "a whole number of at least 0", "About half of the run is common.")
+    written = [name for name, value in starts.items() if value is not None]
+    if bool(written) != bool(steps):
+        if steps:
+            raise refuse(
+                "schedule_steps", steps, "0 without a start", "Give `top_k_start` or `router_temperature_start`."
+            )
+        raise refuse(written[0], starts[written[0]], "left out with `schedule_steps` = 0", "Say over how many steps.")
+    if config.top_k_start is not None:
+        if not is_count(config.top_k_start) or config.top_k_start < 1:
+            raise refuse("top_k_start", config.top_k_start, "a whole number of at least 1", "All experts, or one.")
+        if config.routing not in ("softmax_top_k", "sigmoid_top_k", "top_k"):
+            allowed = f"left out with `routing` = {config.routing!r}, which has no `top_k`"
+            raise refuse(
+                "top_k_start", config.top_k_start, allowed, "Use 'softmax_top_k', 'sigmoid_top_k' or 'top_k'."
+            )
+    temperature = config.router_temperature_start
+    if temperature is not None and not (is_number(temperature) and temperature > 0):
+        raise refuse("router_temperature_start", temperature, "a positive number", "2.0 is EvoMoE's.")
+
+
+def check_balance(config: Any) -> None:
+    selects = config.routing in SELECTING
+    if config.balance is None:
+        config.balance = "switch" if selects else "none"
+    if config.balance not in BALANCES:
+        allowed = "one of " + ", ".join(repr(name) for name in BALANCES)
+        raise refuse("balance", config.balance, allowed, nearest(str(config.balance), BALANCES))
+    _check_coefficients(config)
+    rule = f"with `routing` = {config.routing!r}"
+    if config.routing in ("random", "given") and config.balance != "none":
+        raise refuse("balance", config.balance, f"'none' {rule}", "There is no router that a balance could teach.")
+    if config.balance in (*SWITCHES, "bias") and not selects:
+        others = "'localized', 'cv2', 'mi' or 'none'" if config.routing != "sparsegen" else "'cv2', 'mi' or 'none'"
+        raise refuse(
+            "balance",
+            config.balance,
+            f"{others} {rule}",
+            f"Every token visits every expert there, so the load that {config.balance!r} balances is constant.",
+        )
+    if config.balance == "bias" and config.routing in ("top_1_hard", "top_1_straight_through"):
+        raise refuse("balance", "bias", f"'switch' {rule}", "The bias needs 'top_1', 'softmax_top_k' or another rule.")
+    if config.balance == "mi" and (config.routing == "sigmoid_top_k" or config.scoring_func == "sigmoid"):
+        raise refuse("balance", "mi", f"'switch' or 'bias' {rule}", "Sigmoid scores are no distribution over experts.")
+    coef = config.router_aux_loss_coef
+    if config.routing == "top_1_hard" and (config.balance in ("none", "cv2") or coef == 0):
+        field, value, allowed = ("balance", config.balance, "'switch'")
+        if not coef:
+            field, value, allowed = ("router_aux_loss_coef", coef, "above 0")
+        raise refuse(
+            field,
+            value,
+            f"{allowed} with `routing` = 'top_1_hard'",
+            "The weight is the constant 1 there, so without balancing the router would get no gradient at all. "
+            "'top_1_straight_through' computes the same and is trained by the task.",
+        )
+    if config.balance == "localized":
+        if config.routing in ("top_1_hard", "top_1_straight_through"):  # whose weight is always 1
+            check_localized_is_dense(config)
+        _check_localized(config)
+    _check_balance_settings(config)
+
+
+def _check_coefficients(config: Any) -> None:
+    coef = config.router_aux_loss_coef
+    if not is_number(coef) or coef < 0:
+        raise refuse("router_aux_loss_coef", coef, "at least 0", "0 turns balancing off.")
+    for name, common in (("router_z_loss_coef", "0.001"), ("router_entropy_coef", "0.0001")):
+        value = getattr(config, name)
+        if not is_number(value) or value < 0:
+            raise refuse(name, value, "at least 0", f"{common} is common, 0 turns it off.")
+        rule = f"0 with `routing` = {config.routing!r}"
+        if value and (config.routing in ("sigmoid_top_k", "random", "given") or config.scoring_func == "sigmoid"):
+            remedy = "It is about a softmax over the experts, and there is none: remove it."
+            raise refuse(name, value, rule, remedy)
+    if config.router_z_loss_coef and config.routing == "sparsegen":
+        remedy = "It limits the denominator of a softmax, and sparsegen has none: remove it."
+        raise refuse("router_z_loss_coef", config.router_z_loss_coef, "0 with `routing` = 'sparsegen'", remedy)
+
+
+def _check_localized(config: Any) -> None:
+    if not is_number(config.balance_delta) or not 0.0 <= config.balance_delta < 1.0:
+        raise refuse("balance_delta", config.balance_delta, "at least 0 and below 1", "LoRAMoE uses 0.1.")
+    odd = [n for n in parse(config.num_experts, "num_experts") if n % 2]
+    if odd:
+        raise refuse(
+            "num_experts",
+            config.num_experts,
+            "even numbers with `balance` = 'localized', which splits the experts into two halves",
+            f"Change {odd[0]} to {odd[0] + 1}.",
+        )
+
+
+def _check_balance_settings(config: Any) -> None:
+    weights, balance = config.balance_weights, f"with `balance` = {config.balance!r}"
+    if weights is not None:
+        if config.balance not in ("switch", "switch_local"):
+            raise refuse(
+                "balance_weights", weights, f"left out {balance}", "Only 'switch' and 'switch_local' use them."
+            )
+        counts = set(parse(config.num_experts, "num_experts"))
+        extra = config.num_null_experts + getattr(config, "num_constant_experts", 0)
+        good = isinstance(weights, list) and all(is_number(w) and w > 0 for w in weights)
+        if not good or counts != {len(weights) - extra}:
+            allowed = f"one positive number for each of {' or '.join(str(n + extra) for n in sorted(counts))} choices"
+            raise refuse("balance_weights", weights, allowed, "Every layer must have the same number of experts.")
+    speed = config.bias_update_speed
+    if not is_number(speed) or speed < 0:
+        raise refuse("bias_update_speed", speed, "at least 0", "0.01 suits runs of 500 to 2000 steps.")
+    target = config.target_active
+    if target is None:
+        return
+    if config.balance != "bias" or not config.num_null_experts:
+        allowed = f"left out {balance} and `num_null_experts` = {config.num_null_experts}"
+        remedy = "A token visits a fixed number of experts otherwise: set `balance` to 'bias' and add null experts."
+        raise refuse("target_active", target, allowed, remedy)
+    if not is_number(target) or not 0 < target < (config.top_k or 0):
+        raise refuse("target_active", target, f"above 0 and below `top_k` = {config.top_k}", "1.5 of 3 is a start.")
+
+
+def check_localized_is_dense(config: Any) -> None:
+    """Where a rule selects, most weights of a row are 0, and LoRAMoE's constraint compares choices, not weights."""
+    if config.balance == "localized" and config.routing in SELECTING:
+        others = "'switch'" if config.routing == "top_1_hard" else "'switch' or 'none'"
+        raise refuse(
+            "balance",
+            "localized",
+            f"{others} with `routing` = {config.routing!r}",
+            "It evens out the weights that every token gives to every expert: set `routing` to 'softmax' for it.",
+        )
+
+
+def check_block(config: Any) -> None:
+    """What would change the frozen block itself, which stands inside each expert of `FfnMoeConfig`."""
+    factor = config.routed_scaling_factor
+    if factor != 1.0:
+        remedy = "It would multiply the frozen block along with its experts: put the factor into `lora_alpha`."
+        raise refuse("routed_scaling_factor", factor, "1.0 in FfnMoeConfig", remedy)
+    check_localized_is_dense(config)
+
+
+def check_linear(config: Any) -> None:
+    """The fields of `LinearMoeConfig` alone."""
+    constant = config.num_constant_experts
+    if not is_count(constant):
+        raise refuse("num_constant_experts", constant, "a whole number of at least 0", "MoE++ has 2.")
+    if constant and config.routing not in ("softmax_top_k", "sigmoid_top_k", "top_k", "softmax", "all"):
+        allowed = f"0 with `routing` = {config.routing!r}"
+        raise refuse("num_constant_experts", constant, allowed, "Use 'softmax_top_k' or another that weighs several.")
+    if constant and min(parse(config.num_experts, "num_experts")) == 1:
+        allowed = f"0 with `num_experts` = {config.num_experts!r}, which gives some layers only 1"
+        raise refuse("num_constant_experts", constant, allowed, "Raise `num_experts` to at least 2.")
+    scopes = ("linear", "group", "block", "model")
+    if config.router_scope not in scopes:
+        allowed = "one of " + ", ".join(map(repr, scopes))
+        raise refuse("router_scope", config.router_scope, allowed, nearest(str(config.router_scope), scopes))
+    if config.router_scope != "linear" and config.routing in ("random", "given"):
+        allowed = f"'linear' with `routing` = {config.routing!r}, which has no router to share"
+        raise refuse("router_scope", config.router_scope, allowed, "Remove `router_scope`.")
+    if config.share_A and config.num_shared_experts:
+        allowed = "0 with `share_A` = True, where every token uses the one A already"
+        raise refuse("num_shared_experts", config.num_shared_experts, allowed, "Remove one of the two.")
