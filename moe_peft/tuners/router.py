@@ -98,6 +98,16 @@ class Router(nn.Module):
         else:
             nn.init.normal_(self.router, std=config.router_init_std)
 
+    @property
+    def routes(self) -> bool:
+        """Whether a token chooses here."""
+        return self.router is not None
+
+    def idle_parameters(self) -> int:
+        """Parameters that a token does not use."""
+        unused = len(self.lora_A) - self.num_shared - self.visited
+        return unused * (self.lora_A[0].numel() + self.lora_B[0].numel())
+
     def current_rule(self) -> RoutingRule:
         """The rule with the settings that it has now."""
         return self.rule
