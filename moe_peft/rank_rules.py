@@ -43,7 +43,7 @@ def smora_naive(
     for token in x:
         scores = [torch.sigmoid(router[i * rows // ranks] @ token) for i in range(ranks)]
         biased = scores if selection_bias is None else [z + b for z, b in zip(scores, selection_bias, strict=True)]
-        chosen = sorted(range(ranks), key=lambda i: -float(biased[i]))[:top_k]
+        chosen = sorted(range(ranks), key=lambda i: -float(biased[i].detach()))[:top_k]
         gates = biased if bias_in_gates else scores
         total = torch.stack([gates[i] for i in chosen]).sum()
         parts = [top_k * gates[i] / total * (lora_A[i] @ token) * lora_B[i] for i in chosen]
@@ -71,9 +71,9 @@ def moram_naive(
     for token in x:
         responses = torch.stack([key @ token for key in lora_A])
         share = responses / responses.square().sum().sqrt().clamp(min=1e-8)
-        chosen = sorted(range(len(lora_A)), key=lambda i: -float(share[i]))[:top_k]
+        chosen = sorted(range(len(lora_A)), key=lambda i: -float(share[i].detach()))[:top_k]
         powers = torch.stack([torch.exp(share[i] / temperature) for i in chosen])
-        kept = [threshold is None or float(share[i]) >= threshold for i in chosen]
+        kept = [threshold is None or float(share[i].detach()) >= threshold for i in chosen]
         parts = [
             power / powers.sum() * responses[i] * lora_B[i] * keep
             for i, power, keep in zip(chosen, powers, kept, strict=True)
