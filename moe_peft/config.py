@@ -13,7 +13,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from moe_peft.allocation import Allocation
-from moe_peft.config_checks import check_layers, check_numbers
+from moe_peft.config_checks import check_booleans, check_layers, check_numbers
 from moe_peft.errors import nearest
 from moe_peft.router_checks import (
     check_balance,
@@ -199,6 +199,7 @@ class MoeConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
+        check_booleans(self)
         check_numbers(self)
         check_layers(self)
         check_routing(self)

@@ -11,11 +11,14 @@ from moe_peft.allocation import parse
 from moe_peft.errors import refuse
 
 
-def check_numbers(config: Any) -> None:
+def check_booleans(config: Any) -> None:
     for f in fields(config):
         value = getattr(config, f.name)
         if f.type in (bool, "bool") and not isinstance(value, bool):
             raise refuse(f.name, value, "True or False", "A word would count as True whatever it says.")
+
+
+def check_numbers(config: Any) -> None:
     parse(config.r, "r")
     parse(config.num_experts, "num_experts")
     shared = config.num_shared_experts

@@ -69,6 +69,11 @@ def _check_mergeable(model: PeftModel, layers: dict[str, MoeTunerLayer], adapter
     if any(adapter_name not in layer.active_adapters for layer in layers.values()):
         raise ValueError(f"Adapter '{adapter_name}' is not active. Call `model.set_adapter('{adapter_name}')` first.")
     if not all(isinstance(layer, LinearMoeLinear) for layer in layers.values()):
+        if model.peft_config[adapter_name].peft_type == "RANK_MOE":
+            raise ValueError(
+                f"Adapter '{adapter_name}' chooses ranks by the token (`rank_moe`), and the fit of one plain LoRA to it is not "
+                "written yet. Serve it routed: transformers' `generate` works as it is."
+            )
         raise ValueError(
             f"Adapter '{adapter_name}' is an FFN mixture. Its experts differ inside the non-linearity, which no LoRA on the "
             "linears can follow. `moe-peft export --to moe` writes it exactly, as a stock MoE checkpoint."

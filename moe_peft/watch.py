@@ -51,7 +51,7 @@ def find_routers(model: nn.Module) -> dict[str, Router]:
     """
     routers: dict[str, Router] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Router) and module.router is not None:
+        if isinstance(module, Router) and module.routes:
             wrappers = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
             parts = [part for part in name.split(".") if part not in wrappers]
             layer = ".".join(parts[:-2]).removeprefix("module.").removeprefix("base_model.model.")

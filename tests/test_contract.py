@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from moe_peft import FfnMoeConfig, LinearMoeConfig
+from moe_peft import FfnMoeConfig, LinearMoeConfig, RankMoeConfig
 from moe_peft.tuners.base import MoeTunerLayer
 
 
@@ -54,10 +54,21 @@ FFN_RULES = {
     "bias": {"num_experts": 4, "top_k": 2, "balance": "bias"},
     "sparsegen": {"num_experts": 4, "routing": "sparsegen", "router_act": "gelu"},
 }
+OWN = {"routing": "self_activated", "temperature": 0.2}
+RANK_RULES = {
+    "sigmoid": {"r": 8, "top_k": 4, "balance": "switch"},
+    "shared rows": {"r": 8, "top_k": 4, "rank_partition": 2, "bias_in_gates": True, "use_rslora": True},
+    "self-activated": {"r": 8, "top_k": 4, **OWN},
+    "threshold": {"r": 6, "top_k": 3, "threshold": 0.4, **OWN},
+    "one rank": {"r": 1},
+    "per layer": {"r": [2, 4, 4, 8], "top_k": 2},
+}
 CASES = [pytest.param(LinearMoeConfig, rule, id=f"LINEAR_MOE-{name}") for name, rule in LINEAR_RULES.items()]
 CASES += [pytest.param(FfnMoeConfig, {**BLOCK, **rule}, id=f"FFN_MOE-{name}") for name, rule in FFN_RULES.items()]
-ROUTED = [case for case in CASES if case.values[1]["num_experts"] != 1]
-LINEAR = [c for c in CASES if c.values[0] is LinearMoeConfig and "router_scope" not in c.values[1]]
+CASES += [pytest.param(RankMoeConfig, rule, id=f"RANK_MOE-{name}") for name, rule in RANK_RULES.items()]
+ONE = {LinearMoeConfig: {"num_experts": 1}, FfnMoeConfig: {"num_experts": 1}, RankMoeConfig: {"r": 1}}  # not routed
+ROUTED = [case for case in CASES if case.values[1] | ONE[case.values[0]] != case.values[1]]
+LINEAR = [c for c in CASES if c.values[0] is not FfnMoeConfig and "router_scope" not in c.values[1]]
 
 over_cases = pytest.mark.parametrize(("config_class", "rule"), CASES)
 over_routed_cases = pytest.mark.parametrize(("config_class", "rule"), ROUTED)
@@ -177,7 +188,7 @@ def test_a_layer_returns_what_its_base_returns(base, config_class, rule):
         x = torch.randn(2, 3, layer.in_features, dtype=dtype, device=base.device)
         y = layer(x)
         assert (y.shape, y.dtype) == ((2, 3, layer.out_features), layer.base_layer(x).dtype)
-        assert {p.dtype for p in layer.linear_moe_experts.parameters()} == {torch.float32}
+        assert {p.dtype for p in layer.experts("default").parameters()} == {torch.float32}
 
 
 # --- saving and loading ---
@@ -259,7 +270,8 @@ def test_loading_under_another_name_gives_the_same_logits(tokens, tmp_path, conf
 @over_linear_cases
 def test_two_active_adapters_add_up(config_class, rule):
     model = adapt(make_tiny_llama(dtype=torch.float64), config_class, rule, name="first", seed=3)
-    adapt(model, LinearMoeConfig, {"num_experts": 2, "routing": "softmax"}, name="second", seed=4)
+    other = {"num_experts": 2, "routing": "softmax"} if config_class is LinearMoeConfig else {"r": 4, "top_k": 2}
+    adapt(model, config_class, other, name="second", seed=4)
     for layer in layers_of(model):
         x = torch.randn(2, 5, layer.in_features, dtype=torch.float64)
         y = layer.base_layer(x)
@@ -432,7 +444,7 @@ MERGES = {
 @pytest.mark.parametrize("merge", MERGES.values(), ids=MERGES)
 def test_merging_a_routed_adapter_raises_before_anything_is_touched(tokens, config_class, rule, merge):
     model = adapt(make_tiny_llama(), config_class, rule)
-    static = {"num_experts": 1, "target_modules": rule.get("target_modules", TARGETS)}
+    static = {**ONE[config_class], "target_modules": rule.get("target_modules", TARGETS)}
     adapt(model, config_class, static, name="static")
     state, output = copy.deepcopy(model.state_dict()), logits(model, tokens)
     with pytest.raises(

@@ -100,8 +100,20 @@ class MoeTuner(BaseTuner):
                 "to keep the base as it was, add the adapter before the first evaluation.",
                 stacklevel=2,
             )
+        self._copy_buffers(model, adapter_name)
         for hook in after_injection:
             hook(not self.peft_config[adapter_name].inference_mode)
+
+    def _copy_buffers(self, model: nn.Module, adapter_name: str) -> None:
+        """TRL makes its reference adapter from the very config of the trained one and copies the parameters over. The
+        reference must choose the same experts, so the buffers follow."""
+        config = self.peft_config[adapter_name]
+        for name in [name for name, other in self.peft_config.items() if other is config and name != adapter_name]:
+            for layer in model.modules():
+                if isinstance(layer, MoeTunerLayer) and layer.holds(name) and layer.holds(adapter_name):
+                    copies = dict(layer.experts(adapter_name).named_buffers())
+                    for key, buffer in layer.experts(name).named_buffers():
+                        copies[key].copy_(buffer)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -80,8 +80,8 @@ class Router(nn.Module):
         self.num_experts, self.num_null, self.routing = num_experts, num_null, config.routing
         learns = num_experts > 1 and here and config.routing not in ("random", "given")
         self._make_weights(config, num_experts, d_in, learns)
-        self.bound = bind_rule(config, num_null)
-        self.rule = rule or self.bound()
+        self.bound = bind_rule(config, num_null, rule)
+        self.rule = self.bound()
         self.top_k, self.top_k_start = _slots(config, num_experts), config.top_k_start
         self.visited = min(self.top_k, num_experts - num_null)
         self.router_scale, self.cosine = config.router_scale, config.scoring_func == "cosine"
@@ -105,7 +105,7 @@ class Router(nn.Module):
             self.router = None if weight is None else nn.Parameter(weight)
         self.router_bias = nn.Parameter(torch.zeros(num_experts)) if config.router_bias and learns else None
         has_bias = learns and (config.balance == "bias" or config.routing == "sigmoid_top_k")
-        self.register_buffer("selection_bias", torch.zeros(num_experts) if has_bias else None)
+        self.register_buffer("selection_bias", torch.zeros(num_experts, dtype=torch.float32) if has_bias else None)
         groups = None
         if config.expert_groups is not None and num_experts > 1:
             groups = torch.zeros(len(config.expert_groups), num_experts, dtype=torch.bool)
@@ -113,6 +113,15 @@ class Router(nn.Module):
                 row[experts] = True
                 row[config.experts_of_layer(num_experts) :] = True  # constant and null experts are everybody's
         self.register_buffer("expert_groups", groups, persistent=False)  # the config has it
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Router":
+        """As PyTorch's, but the selection bias stays in fp32 whatever the model is cast to: its steps are small."""
+        bias = self.selection_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.selection_bias is not None and self.selection_bias.dtype != bias.dtype:
+            moved = self.selection_bias
+            self.selection_bias = moved.to(bias.dtype) if bias.is_meta else bias.to(moved.device)
+        return self
 
     def reset_parameters(self, config: MoeConfig) -> None:
         """A as `nn.Linear` draws it, B zero: a fresh adapter changes nothing, whatever the router says."""
@@ -129,6 +138,16 @@ class Router(nn.Module):
             nn.init.uniform_(self.router, -bound, bound)
         else:
             nn.init.normal_(self.router, std=config.router_init_std)
+
+    @property
+    def routes(self) -> bool:
+        """Whether a token chooses here."""
+        return self.router is not None
+
+    def idle_parameters(self) -> int:
+        """Parameters that a token does not use."""
+        unused = len(self.lora_A) - self.num_shared - self.visited
+        return unused * (self.lora_A[0].numel() + self.lora_B[0].numel())
 
     def current_rule(self) -> RoutingRule:
         """The rule with the settings that it has now. `.to()` puts another tensor in a buffer's place."""

@@ -32,8 +32,10 @@ class Terms(NamedTuple):
 # --- the rule ---
 
 
-def bind_rule(config: MoeConfig, num_null: int) -> Callable[..., RoutingRule]:
-    """A function from the selection bias (or nothing) to the rule that the config names."""
+def bind_rule(config: MoeConfig, num_null: int, own: RoutingRule | None = None) -> Callable[..., RoutingRule]:
+    """A function from the selection bias (or nothing) to the rule that the config names, or to a type's own."""
+    if own is not None:
+        return partial(_without_bias, own)
     if config.routing == "sparsegen":
         return partial(_without_bias, partial(sparsegen, sparsity=config.sparsegen_lambda or 0.0))
     if config.routing in ("random", "given"):
