@@ -49,6 +49,8 @@ def count_parameters(model: nn.Module, adapter_name: str = "default") -> Paramet
     router = idle = 0
     for layer in layers:
         experts = layer.experts(adapter_name)
+        if not hasattr(experts, "visited"):  # without a router every token uses all
+            continue
         router += sum(p.numel() for name, p in experts.named_parameters() if name.startswith("router"))
         unused = len(experts.lora_A) - experts.num_shared - experts.visited
         idle += unused * (experts.lora_A[0].numel() + experts.lora_B[0].numel())
