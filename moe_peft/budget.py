@@ -4,7 +4,7 @@ Counting needs no weights: models are built on the meta device, so that a 7B con
 """
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -12,7 +12,11 @@ from torch import nn
 
 from moe_peft.config import MoeConfig
 from moe_peft.errors import refuse
+from moe_peft.shard_config import ShardPoolConfig
 from moe_peft.tuners.base import MoeTunerLayer
+
+
+ConfigT = TypeVar("ConfigT", MoeConfig, ShardPoolConfig)
 
 
 class ParameterCount(NamedTuple):
@@ -91,7 +95,7 @@ def equal_budget_lora(
     return config(max(1, round(budget / per_rank)))
 
 
-def fit_to_budget(backbone: nn.Module, config: MoeConfig, budget: int) -> MoeConfig:
+def fit_to_budget(backbone: nn.Module, config: ConfigT, budget: int) -> ConfigT:
     """A copy of `config` with the rank whose trainable parameters come closest to `budget`; all else as it was.
 
     The scale of the experts is kept. A rank that differs between layers is scaled as a whole.
@@ -100,7 +104,9 @@ def fit_to_budget(backbone: nn.Module, config: MoeConfig, budget: int) -> MoeCon
         ValueError: if even rank 1 costs more than 1.5 times the budget.
     """
 
-    def with_rank(r: int) -> MoeConfig:
+    def with_rank(r: int) -> Any:
+        if isinstance(config, ShardPoolConfig):
+            return config.with_budget_of(r)
         fitted = copy.deepcopy(config)
         old = config.r if isinstance(config.r, int) else 1
         ratio = r / old

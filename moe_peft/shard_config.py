@@ -1,5 +1,6 @@
 """The config of `SHARD_POOL`: ranks assembled from pools that layers share (MoS), or sampled in part (MoSA)."""
 
+import copy
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -119,6 +120,15 @@ class ShardPoolConfig(PeftConfig):
     def shares(self) -> bool:
         """Whether layers share pools; otherwise each has weights of its own."""
         return self.private_rank != self.r
+
+    def with_budget_of(self, rank: int) -> "ShardPoolConfig":
+        """A copy with that `equivalent_rank`, and all that goes with it in proportion; the scale is kept."""
+        fitted = copy.deepcopy(self)
+        fitted.equivalent_rank, fitted.r = rank, max(rank, round(self.r * rank / self.equivalent_rank))
+        ratio = fitted.r / self.r
+        fitted.lora_alpha = self.lora_alpha * (ratio**0.5 if self.use_rslora else ratio)
+        fitted.private_rank = min(self.private_rank, rank - 1) if self.shares else rank
+        return fitted
 
 
 def _whole(value: Any, least: int) -> bool:

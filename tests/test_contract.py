@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from moe_peft import FfnMoeConfig, LinearMoeConfig
+from moe_peft import FfnMoeConfig, LinearMoeConfig, ShardPoolConfig
 from moe_peft.tuners.base import MoeTunerLayer
 
 
@@ -43,10 +43,17 @@ FFN_RULES = {
     "per layer": {"num_experts": "2:4", "top_k": 2, "r": [2, 4, 4, 8]},
     "shared and null": {"num_experts": 3, "top_k": 2, "num_shared_experts": 1, "num_null_experts": 2},
 }
+SHARD_RULES = {
+    "one for each layer": {},
+    "pools": {"equivalent_rank": 2, "shards_per_vector": 4, "use_rslora": True},
+    "split B": {"num_splits": 4},
+    "both split": {"num_splits": 2, "split_factors": "both"},
+}
 CASES = [pytest.param(LinearMoeConfig, rule, id=f"LINEAR_MOE-{name}") for name, rule in LINEAR_RULES.items()]
 CASES += [pytest.param(FfnMoeConfig, {**BLOCK, **rule}, id=f"FFN_MOE-{name}") for name, rule in FFN_RULES.items()]
-ROUTED = [case for case in CASES if case.values[1]["num_experts"] != 1]
-LINEAR = [case for case in CASES if case.values[0] is LinearMoeConfig]
+CASES += [pytest.param(ShardPoolConfig, rule, id=f"SHARD_POOL-{name}") for name, rule in SHARD_RULES.items()]
+ROUTED = [case for case in CASES if case.values[1].get("num_experts", 1) != 1]
+LINEAR = [case for case in CASES if case.values[0] is not FfnMoeConfig]
 
 over_cases = pytest.mark.parametrize(("config_class", "rule"), CASES)
 over_routed_cases = pytest.mark.parametrize(("config_class", "rule"), ROUTED)
@@ -57,6 +64,8 @@ def adapt(model, config_class, rule, name: str = "default", seed: int = 2, **set
     """The model with an adapter that does something, unless `init_weights=True` says otherwise."""
     torch.manual_seed(seed)
     settings = {"r": 4, "lora_alpha": 32, "target_modules": TARGETS, "init_weights": False, **rule, **settings}
+    if config_class is ShardPoolConfig:
+        settings.pop("router_aux_loss_coef", None)
     config = config_class(task_type="CAUSAL_LM", **settings)
     if isinstance(model, PeftModel):
         model.add_adapter(name, config)
@@ -77,9 +86,13 @@ def layers_of(model) -> list[MoeTunerLayer]:
     return [module for module in model.modules() if isinstance(module, MoeTunerLayer)]
 
 
+def is_adapters(key) -> bool:
+    return "_moe_experts." in key or ".shard_pool_" in key
+
+
 def base_state(model) -> dict[str, torch.Tensor]:
     """Everything that is not an adapter's, cloned: also what bitsandbytes keeps beside a packed weight."""
-    return {key: value.clone() for key, value in model.state_dict().items() if "_moe_experts" not in key}
+    return {key: value.clone() for key, value in model.state_dict().items() if not is_adapters(key)}
 
 
 def assert_same_bits(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
@@ -166,7 +179,7 @@ def test_a_layer_returns_what_its_base_returns(base, config_class, rule):
         x = torch.randn(2, 3, layer.in_features, dtype=dtype, device=base.device)
         y = layer(x)
         assert (y.shape, y.dtype) == ((2, 3, layer.out_features), layer.base_layer(x).dtype)
-        assert {p.dtype for p in layer.linear_moe_experts.parameters()} == {torch.float32}
+        assert {p.dtype for p in layer.experts("default").parameters()} == {torch.float32}
 
 
 # --- saving and loading ---
@@ -248,7 +261,8 @@ def test_loading_under_another_name_gives_the_same_logits(tokens, tmp_path, conf
 @over_linear_cases
 def test_two_active_adapters_add_up(config_class, rule):
     model = adapt(make_tiny_llama(dtype=torch.float64), config_class, rule, name="first", seed=3)
-    adapt(model, LinearMoeConfig, {"num_experts": 2, "routing": "softmax"}, name="second", seed=4)
+    other = {"num_experts": 2, "routing": "softmax"} if config_class is LinearMoeConfig else {"equivalent_rank": 1}
+    adapt(model, config_class, other, name="second", seed=4)
     for layer in layers_of(model):
         x = torch.randn(2, 5, layer.in_features, dtype=torch.float64)
         y = layer.base_layer(x)
@@ -297,7 +311,7 @@ def test_a_step_changes_the_adapter_and_not_one_bit_of_the_base(base, tokens, co
     tokens = tokens.to(base.device)
     before = base_state(base)
     model = adapt(base, config_class, rule, lora_dropout=0.1).train()
-    assert all(("_moe_experts" in name) == p.requires_grad for name, p in model.named_parameters())
+    assert all(is_adapters(name) == p.requires_grad for name, p in model.named_parameters())
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     start = {name: p.detach().clone() for name, p in trained.items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
