@@ -86,7 +86,7 @@ def routing_report(
     """
     layers = routed_layers(model, adapter_name)
     experts = {name: layer.experts(adapter_name) for name, layer in layers.items()}
-    experts = {name: e for name, e in experts.items() if e.router is not None}
+    experts = {name: e for name, e in experts.items() if getattr(e, "router", None) is not None}
     if not experts:
         raise ValueError(
             f"Adapter '{adapter_name}' has one expert in every layer, so nothing is routed and there is nothing to "
