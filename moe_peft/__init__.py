@@ -9,30 +9,36 @@ from moe_peft.rival import refuse_rival
 
 
 refuse_rival()
-for name in ("linear_moe", "ffn_moe", "rank_moe"):
+for name in ("linear_moe", "ffn_moe", "rank_moe", "shard_pool"):
     registration.reserve(name)
 
 from moe_peft.callbacks import MoeCallback, install  # noqa: E402  (the enum members must exist first)
 from moe_peft.catalogue import from_catalogue  # noqa: E402
 from moe_peft.collator import TaskTypeCollator  # noqa: E402
 from moe_peft.config import FfnMoeConfig, LinearMoeConfig  # noqa: E402
+from moe_peft.consistency import ConsistencyLoss, consistency_loss  # noqa: E402
 from moe_peft.context import set_aux_scale, set_step, task_types  # noqa: E402
 from moe_peft.growing import grow  # noqa: E402
+from moe_peft.plain_lora import to_lora  # noqa: E402
 from moe_peft.rank_config import RankMoeConfig  # noqa: E402
+from moe_peft.shard_config import ShardPoolConfig  # noqa: E402
 from moe_peft.tuners import base  # noqa: E402
 from moe_peft.tuners.ffn_moe import FfnMoeModel  # noqa: E402
 from moe_peft.tuners.linear_moe import LinearMoeModel  # noqa: E402
 from moe_peft.tuners.rank_moe import RankMoeModel  # noqa: E402
+from moe_peft.tuners.shard_pool import ShardPoolModel  # noqa: E402
 from moe_peft.watch import update_selection_bias  # noqa: E402
 
 
 registration.register("linear_moe", LinearMoeConfig, LinearMoeModel)
 registration.register("ffn_moe", FfnMoeConfig, FfnMoeModel)
 registration.register("rank_moe", RankMoeConfig, RankMoeModel)
+registration.register("shard_pool", ShardPoolConfig, ShardPoolModel)
 if install not in base.after_injection:
     base.after_injection.append(install)
 
 __all__ = [
+    "ConsistencyLoss",
     "FfnMoeConfig",
     "FfnMoeModel",
     "LinearMoeConfig",
@@ -40,11 +46,15 @@ __all__ = [
     "MoeCallback",
     "RankMoeConfig",
     "RankMoeModel",
+    "ShardPoolConfig",
+    "ShardPoolModel",
     "TaskTypeCollator",
+    "consistency_loss",
     "from_catalogue",
     "grow",
     "set_aux_scale",
     "set_step",
     "task_types",
+    "to_lora",
     "update_selection_bias",
 ]

@@ -4,7 +4,7 @@ Counting needs no weights: models are built on the meta device, so that a 7B con
 """
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -12,7 +12,11 @@ from torch import nn
 
 from moe_peft.config import MoeConfig
 from moe_peft.errors import refuse
+from moe_peft.shard_config import ShardPoolConfig
 from moe_peft.tuners.base import MoeTunerLayer
+
+
+ConfigT = TypeVar("ConfigT", MoeConfig, ShardPoolConfig)
 
 
 class ParameterCount(NamedTuple):
@@ -49,6 +53,8 @@ def count_parameters(model: nn.Module, adapter_name: str = "default") -> Paramet
     router = idle = 0
     for layer in layers:
         experts = layer.experts(adapter_name)
+        if not hasattr(experts, "visited"):  # without a router every token uses all
+            continue
         router += sum(p.numel() for name, p in experts.named_parameters() if name.startswith("router"))
         idle += experts.idle_parameters()
     return ParameterCount(trainable, router, trainable - idle, len(layers))
@@ -88,7 +94,7 @@ def equal_budget_lora(
     return config(max(1, round(budget / per_rank)))
 
 
-def fit_to_budget(backbone: nn.Module, config: MoeConfig, budget: int) -> MoeConfig:
+def fit_to_budget(backbone: nn.Module, config: ConfigT, budget: int) -> ConfigT:
     """A copy of `config` with the rank whose trainable parameters come closest to `budget`; all else as it was.
 
     The scale of the experts is kept. A rank that differs between layers is scaled as a whole.
@@ -97,7 +103,9 @@ def fit_to_budget(backbone: nn.Module, config: MoeConfig, budget: int) -> MoeCon
         ValueError: if even rank 1 costs more than 1.5 times the budget.
     """
 
-    def with_rank(r: int) -> MoeConfig:
+    def with_rank(r: int) -> Any:
+        if isinstance(config, ShardPoolConfig):
+            return config.with_budget_of(r)
         fitted = copy.deepcopy(config)
         old = config.r if isinstance(config.r, int) else 1
         ratio = r / old

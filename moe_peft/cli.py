@@ -103,9 +103,12 @@ def inspect(
 
 @app.command()
 def merge(
-    adapter: Annotated[str, typer.Argument(help="The folder of a routed adapter, or an id on the Hub.")],
-    calibration: Annotated[str, typer.Option(help="Text to fit on, as for `train --dataset`.")],
-    output: Annotated[Path, typer.Option(help="Gets the plain LoRA and moe_peft_merge.json.")],
+    adapter: Annotated[str, typer.Argument(help="The folder of an adapter, or an id on the Hub.")],
+    output: Annotated[Path, typer.Option(help="Gets the plain LoRA and, if it was fitted, moe_peft_merge.json.")],
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Text to fit on, as for `train --dataset`; not for an adapter without routing."),
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="Of the plain LoRA; by default all directions are kept.")] = None,
     method: Annotated[str, typer.Option(help="lstsq, or mean for each expert's mean weight.")] = "lstsq",
     held_out: Annotated[
@@ -115,7 +118,7 @@ def merge(
     model: Annotated[str | None, typer.Option(help="The backbone, if not the one that the adapter names.")] = None,
     load_in: Annotated[str, typer.Option(help="4bit, 8bit or none.")] = "4bit",
 ) -> None:
-    """One plain LoRA in place of a routed adapter, for any LoRA server, with what that loses measured and printed."""
+    """One plain LoRA in place of an adapter, for any LoRA server: exact if it does not route, else what it loses is measured."""
     from moe_peft.inspecting import merge_adapter
 
     merge_adapter(Console(), adapter, calibration, output, rank, method, held_out, limit, model, load_in)

@@ -4,6 +4,7 @@ import json
 import random
 from pathlib import Path
 
+from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -16,7 +17,9 @@ from moe_peft.config import MoeConfig
 from moe_peft.errors import refuse
 from moe_peft.loaded import batches_of, load_adapter
 from moe_peft.merge import Factors, fit_static, routed_layers, save_static
+from moe_peft.plain_lora import is_plain, save_lora
 from moe_peft.report import health_table, heat_map, routing_report, short_name, verdict
+from moe_peft.shard_config import ShardPoolConfig
 
 
 def inspect_adapter(
@@ -42,7 +45,7 @@ def inspect_adapter(
     for parameter in (p for n, p in adapted.named_parameters() if adapted.base_model.prefix in n):
         parameter.requires_grad_(True)  # loaded for inference; counted as trained
     config = adapted.peft_config["default"]
-    if not isinstance(config, MoeConfig):
+    if not isinstance(config, (MoeConfig, ShardPoolConfig)):
         kind = config.peft_type.value
         raise ValueError(f"'{adapter}' is a {kind} adapter, without routers to look into. Give a routed adapter.")
     count = count_parameters(adapted)
@@ -50,15 +53,17 @@ def inspect_adapter(
     modules = sorted(routed_layers(adapted))
     targets = sorted({name.rsplit(".", 1)[-1] for name in modules})
     table = Table(title=f"{adapter}: {config.peft_type.value}", show_header=False)
-    visited = f"top {config.top_k}" if config.top_k else ""
-    table.add_row("experts", f"{config.num_experts} of rank {config.r}, {config.num_shared_experts} shared")
-    table.add_row("routing", f"{config.routing} {visited}; balance {config.balance}")
+    for title, text in _rows(config):
+        table.add_row(title, text)
     table.add_row("adapted layers", f"{count.layers}: {', '.join(targets)}")
     table.add_row("trained parameters", f"{count.trainable:,}, of them {count.router:,} in routers")
     table.add_row("used by a token", f"{count.active:,}")
     for label, budget in (("trained", count.trainable), ("used", count.active)):
         table.add_row(f"LoRA with as many {label}", _equal_rank(backbone, budget, modules))
     console.print(table)
+    if data is None and isinstance(config, ShardPoolConfig):
+        console.print("It has no router, and is one plain LoRA: `moe-peft merge` writes it, exactly.")
+        return
     if data is None:
         console.print("Give --data FILE (and --by COLUMN) to route text and see which expert answers what.")
         return
@@ -72,6 +77,24 @@ def inspect_adapter(
         console.print(f"Written: {output / 'routing.json'}, {output / 'routing.png'}")
 
 
+def _rows(config: MoeConfig | ShardPoolConfig) -> list[tuple[str, str]]:
+    """What an adapter is made of, title and text."""
+    if isinstance(config, ShardPoolConfig):
+        rows = [("rank of a layer", f"{config.r}")]
+        if config.shares:
+            shards = f"{config.shards_per_vector} shards for a vector"
+            rows.append(("shared pools", f"as large as rank {config.equivalent_rank}; {shards}"))
+            rows.append(("of a layer alone", f"{config.private_rank} of its ranks"))
+        if config.num_splits > 1:
+            rows.append(("splits", f"{config.num_splits}, of {config.split_factors}"))
+        return rows
+    visited = f"top {config.top_k}" if config.top_k else ""
+    return [
+        ("experts", f"{config.num_experts} of rank {config.r}, {config.num_shared_experts} shared"),
+        ("routing", f"{config.routing} {visited}; balance {config.balance}"),
+    ]
+
+
 def _equal_rank(backbone: nn.Module, budget: int, modules: list[str]) -> str:
     try:
         return f"r = {equal_budget_lora(backbone, budget, modules).r}"
@@ -82,7 +105,7 @@ def _equal_rank(backbone: nn.Module, budget: int, modules: list[str]) -> str:
 def merge_adapter(
     console: Console,
     adapter: str,
-    calibration: str,
+    calibration: str | None,
     output: Path,
     rank: int | None,
     method: str,
@@ -93,6 +116,8 @@ def merge_adapter(
 ) -> None:
     """Fit a plain LoRA to a routed adapter, measure what it loses on text it was not fitted to, save both.
 
+    An adapter without routing is written as the plain LoRA that it is, exactly and without text.
+
     Raises:
         ValueError: an adapter, model, text or setting that cannot be used, in words.
     """
@@ -100,6 +125,12 @@ def merge_adapter(
     if there.is_file() and json.loads(there.read_text()).get("peft_type") != "LORA":
         raise refuse("--output", str(output), "a folder without another adapter", "Name a new folder.")
     adapted, tokenizer = load_adapter(adapter, model, load_in)
+    if isinstance(adapted.peft_config["default"], ShardPoolConfig) or (calibration is None and is_plain(adapted)):
+        _write_exact(console, adapted, output, calibration=calibration, rank=rank, held_out=held_out)
+        return
+    if calibration is None:
+        remedy = "A routed adapter is fitted: give 128 to 512 rows of the training mix."
+        raise refuse("--calibration", None, "text, as for `train --dataset`", remedy)
     text = batches_of(calibration, tokenizer, limit=limit)["all"]
     if held_out is not None:
         measured = batches_of(held_out, tokenizer, limit=limit)["all"]
@@ -122,6 +153,19 @@ def merge_adapter(
     console.print("Largest errors: " + ", ".join(f"{short_name(name)} {error:.0%}" for name, error in worst))
     console.print(
         f"Written to {output}: a plain PEFT LoRA. A routed adapter is no weight; above is what the merge loses."
+    )
+
+
+def _write_exact(console: Console, adapted: PeftModel, output: Path, **fitting: object) -> None:
+    for option, value in fitting.items():
+        if value is not None:
+            name = "--" + option.replace("_", "-")
+            raise refuse(
+                name, value, "left out for an adapter without routing", "It is written exactly: nothing is fitted."
+            )
+    lora = save_lora(adapted, output)
+    console.print(
+        f"Written to {output}: a plain PEFT LoRA of rank {lora.r}, which computes what the adapter computes, exactly."
     )
 
 

@@ -221,7 +221,9 @@ def _solve(experts: RoutedLora, stats: _Statistics, rank: int | None, method: st
     return Factors(A.float(), (Q @ U[:, :keep] * sigma[:keep]).float())
 
 
-def factors_to_peft(factors: dict[str, Factors], base_model: str | None) -> tuple[LoraConfig, dict[str, Tensor]]:
+def factors_to_peft(
+    factors: dict[str, Factors], base_model: str | None, task_type: str | None = "CAUSAL_LM"
+) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The config and state dict of a plain PEFT LoRA whose scale is exactly 1, for any PEFT and LoRA server.
 
     Layers may differ in rank: the smallest is the LoRA's, the rest stand in `rank_pattern` and `alpha_pattern`.
@@ -235,7 +237,7 @@ def factors_to_peft(factors: dict[str, Factors], base_model: str | None) -> tupl
         target_modules=sorted(factors),
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
-        task_type="CAUSAL_LM",
+        task_type=task_type,
         base_model_name_or_path=base_model,
         inference_mode=True,
     )
@@ -269,7 +271,11 @@ def instead_of_routing(model: PeftModel, factors: dict[str, Factors], adapter_na
 
 
 def save_static(
-    factors: dict[str, Factors], folder: Path, base_model: str | None, also: dict[str, str] | None = None
+    factors: dict[str, Factors],
+    folder: Path,
+    base_model: str | None,
+    also: dict[str, str] | None = None,
+    task_type: str | None = "CAUSAL_LM",
 ) -> LoraConfig:
     """Write the static LoRA as a plain PEFT adapter, in one step; files of other names in `folder` are left alone.
 
@@ -277,8 +283,9 @@ def save_static(
         folder: gets `adapter_config.json` and `adapter_model.safetensors`.
         base_model: what the config names as its base.
         also: further files to write, name -> text.
+        task_type: PEFT's, of the adapter that it stands for.
     """
-    config, state = factors_to_peft(factors, base_model)
+    config, state = factors_to_peft(factors, base_model, task_type)
     beside = begin(folder)
     config.save_pretrained(str(beside))
     save_file(state, beside / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -86,7 +86,7 @@ def routing_report(
     """
     layers = routed_layers(model, adapter_name)
     experts = {name: layer.experts(adapter_name) for name, layer in layers.items()}
-    experts = {name: e for name, e in experts.items() if e.routes}
+    experts = {name: e for name, e in experts.items() if getattr(e, "routes", False)}
     if not experts:
         raise ValueError(
             f"Adapter '{adapter_name}' has one expert in every layer, so nothing is routed and there is nothing to "

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from moe_peft import FfnMoeConfig, LinearMoeConfig, RankMoeConfig
+from moe_peft import FfnMoeConfig, LinearMoeConfig, RankMoeConfig, ShardPoolConfig
 from moe_peft.tuners.base import MoeTunerLayer
 
 
@@ -63,11 +63,18 @@ RANK_RULES = {
     "one rank": {"r": 1},
     "per layer": {"r": [2, 4, 4, 8], "top_k": 2},
 }
+SHARD_RULES = {
+    "one for each layer": {},
+    "pools": {"equivalent_rank": 2, "shards_per_vector": 4, "use_rslora": True},
+    "split B": {"num_splits": 4},
+    "both split": {"num_splits": 2, "split_factors": "both"},
+}
 CASES = [pytest.param(LinearMoeConfig, rule, id=f"LINEAR_MOE-{name}") for name, rule in LINEAR_RULES.items()]
 CASES += [pytest.param(FfnMoeConfig, {**BLOCK, **rule}, id=f"FFN_MOE-{name}") for name, rule in FFN_RULES.items()]
 CASES += [pytest.param(RankMoeConfig, rule, id=f"RANK_MOE-{name}") for name, rule in RANK_RULES.items()]
+CASES += [pytest.param(ShardPoolConfig, rule, id=f"SHARD_POOL-{name}") for name, rule in SHARD_RULES.items()]
 ONE = {LinearMoeConfig: {"num_experts": 1}, FfnMoeConfig: {"num_experts": 1}, RankMoeConfig: {"r": 1}}  # not routed
-ROUTED = [case for case in CASES if case.values[1] | ONE[case.values[0]] != case.values[1]]
+ROUTED = [case for case in CASES if case.values[1] | ONE.get(case.values[0], {}) != case.values[1]]
 LINEAR = [c for c in CASES if c.values[0] is not FfnMoeConfig and "router_scope" not in c.values[1]]
 
 over_cases = pytest.mark.parametrize(("config_class", "rule"), CASES)
@@ -79,6 +86,8 @@ def adapt(model, config_class, rule, name: str = "default", seed: int = 2, **set
     """The model with an adapter that does something, unless `init_weights=True` says otherwise."""
     torch.manual_seed(seed)
     settings = {"r": 4, "lora_alpha": 32, "target_modules": TARGETS, "init_weights": False, **rule, **settings}
+    if config_class is ShardPoolConfig:
+        settings.pop("router_aux_loss_coef", None)
     config = config_class(task_type="CAUSAL_LM", **settings)
     if isinstance(model, PeftModel):
         model.add_adapter(name, config)
@@ -99,9 +108,13 @@ def layers_of(model) -> list[MoeTunerLayer]:
     return [module for module in model.modules() if isinstance(module, MoeTunerLayer)]
 
 
+def is_adapters(key) -> bool:
+    return "_moe_experts." in key or ".shard_pool_" in key
+
+
 def base_state(model) -> dict[str, torch.Tensor]:
     """Everything that is not an adapter's, cloned: also what bitsandbytes keeps beside a packed weight."""
-    return {key: value.clone() for key, value in model.state_dict().items() if "_moe_experts" not in key}
+    return {key: value.clone() for key, value in model.state_dict().items() if not is_adapters(key)}
 
 
 def assert_same_bits(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
@@ -270,7 +283,11 @@ def test_loading_under_another_name_gives_the_same_logits(tokens, tmp_path, conf
 @over_linear_cases
 def test_two_active_adapters_add_up(config_class, rule):
     model = adapt(make_tiny_llama(dtype=torch.float64), config_class, rule, name="first", seed=3)
-    other = {"num_experts": 2, "routing": "softmax"} if config_class is LinearMoeConfig else {"r": 4, "top_k": 2}
+    other = {
+        LinearMoeConfig: {"num_experts": 2, "routing": "softmax"},
+        RankMoeConfig: {"r": 4, "top_k": 2},
+        ShardPoolConfig: {"equivalent_rank": 1},
+    }[config_class]
     adapt(model, config_class, other, name="second", seed=4)
     for layer in layers_of(model):
         x = torch.randn(2, 5, layer.in_features, dtype=torch.float64)
@@ -320,7 +337,7 @@ def test_a_step_changes_the_adapter_and_not_one_bit_of_the_base(base, tokens, co
     tokens = tokens.to(base.device)
     before = base_state(base)
     model = adapt(base, config_class, rule, lora_dropout=0.1).train()
-    assert all(("_moe_experts" in name) == p.requires_grad for name, p in model.named_parameters())
+    assert all(is_adapters(name) == p.requires_grad for name, p in model.named_parameters())
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     start = {name: p.detach().clone() for name, p in trained.items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)

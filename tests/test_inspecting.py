@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from moe_peft import LinearMoeConfig, cli
+from moe_peft import LinearMoeConfig, ShardPoolConfig, cli
 from moe_peft.loaded import batches_of
 from moe_peft.pocket import make_suite
 from moe_peft.saving import save_adapter
@@ -118,3 +118,35 @@ def test_text_of_every_form_becomes_batches_with_labels_on_the_answer(tmp_path, 
     assert torch.equal(batch["labels"][labelled], batch["input_ids"][labelled])
     assert tokenizer.decode(batch["labels"][0][labelled[0]]).rstrip().startswith("c") or "prompt" not in row
     assert labelled.any()
+
+
+@pytest.mark.parametrize("settings", [{"equivalent_rank": 1, "shards_per_vector": 2}, {"num_splits": 4}])
+def test_an_adapter_without_routing_is_inspected_and_written_exactly(folder, tmp_path, capsys, settings):
+    model, _ = load_pocket()
+    config = ShardPoolConfig(r=2, target_modules=["up_proj"], init_weights=False, task_type="CAUSAL_LM", **settings)
+    save_adapter(get_peft_model(model, config), tmp_path / "adapter")
+    assert run("inspect", tmp_path / "adapter") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{4 * (config.equivalent_rank) * (128 + 352):,}, of them 0 in routers" in said
+    assert f"r = {config.equivalent_rank}" in said
+    assert run("merge", tmp_path / "adapter", "--output", tmp_path / "lora") == 0
+    assert "a plain PEFT LoRA of rank 2, which computes what the adapter computes" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    tokens = torch.arange(1, 9)[None]
+    adapted, plain = (
+        PeftModel.from_pretrained(load_pocket()[0], tmp_path / name).eval() for name in ("adapter", "lora")
+    )
+    assert isinstance(plain.peft_config["default"], LoraConfig)
+    torch.testing.assert_close(plain(tokens).logits, adapted(tokens).logits, rtol=1e-4, atol=1e-5)
+    rows = folder / "rows.jsonl"
+    merging = "merge", tmp_path / "adapter", "--output", tmp_path / "lora2"
+    assert "`--calibration` is" in refusal(capsys, *merging, "--calibration", rows)
+    assert "`--rank` is 1, but must be left out" in refusal(capsys, *merging, "--rank", 1)
+    assert "nothing is routed" in refusal(capsys, "inspect", tmp_path / "adapter", "--data", rows)
+    assert not (tmp_path / "lora2").exists()
+
+
+def test_a_routed_adapter_is_not_merged_without_text(folder, tmp_path, capsys):
+    message = refusal(capsys, "merge", folder / "adapter", "--output", tmp_path / "out")
+    assert "`--calibration` is None, but must be text" in message

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from moe_peft import FfnMoeConfig, LinearMoeConfig
+from moe_peft import FfnMoeConfig, LinearMoeConfig, ShardPoolConfig
 
 
 PEFT_VERSION = version("peft")
@@ -180,6 +180,12 @@ FFN_RULES: dict[str, dict[str, Any]] = {
     "FFN top-1": {"num_experts": 3, "routing": "top_1_straight_through"},
 }
 """For models with FFN blocks."""
+SHARD_RULES: dict[str, dict[str, Any]] = {
+    "own": {},
+    "pools": {"equivalent_rank": 2, "shards_per_vector": 2},
+    "splits": {"num_splits": 2},
+}
+"""For `ShardPoolConfig`; every width in the tests is even. None of them routes, so all of them are merged."""
 SMALL = {"r": 4, "lora_alpha": 4}
 """For tests that take steps at learning rate 0.5 on inputs up to 90."""
 LARGE = {"r": 4, "lora_alpha": 32}
@@ -191,7 +197,9 @@ PER_LAYER = {"num_experts": "2:4", "top_k": 2, "r": [2, 4], "lora_dropout": 0.05
 def is_routed(case: Any) -> bool:
     """Whether any config, or keyword arguments for one, among the values of a case asks for more than one expert."""
     for value in getattr(case, "values", case):
-        experts = value.get("num_experts", 8) if isinstance(value, dict) else None
+        experts = value.get("num_experts") if isinstance(value, dict) else None
+        if isinstance(value, dict) and "num_experts" not in value:
+            experts = 1 if ShardPoolConfig in getattr(case, "values", case) else 8
         if isinstance(value, (LinearMoeConfig, FfnMoeConfig)):
             experts = value.num_experts
         if experts not in (None, 1):
@@ -200,7 +208,7 @@ def is_routed(case: Any) -> bool:
 
 
 def _skip_if_routed(model_id: str, config_cls: Any, config_kwargs: dict) -> None:
-    if config_kwargs.get("num_experts", 8) != 1:
+    if config_cls is not ShardPoolConfig and config_kwargs.get("num_experts", 8) != 1:
         pytest.skip("A routed adapter has no weight to merge.")
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from moe_peft import LinearMoeConfig
+from moe_peft import LinearMoeConfig, ShardPoolConfig
 
 from . import checkpoints
-from .factory import PER_LAYER, RULES, rebuild, upstream
+from .factory import PER_LAYER, RULES, SHARD_RULES, rebuild, upstream
 
 
 # Read by tests that load a LoRA config through another method's class.
@@ -16,10 +16,15 @@ TestPeftConfig = rebuild(
     "TestPeftConfig",
     {
         "config_class,mandatory_kwargs": [
-            pytest.param(LinearMoeConfig, kwargs, id=name)
-            for name, kwargs in {"defaults": {}, "per layer": PER_LAYER, **RULES}.items()
+            *(
+                pytest.param(LinearMoeConfig, kwargs, id=name)
+                for name, kwargs in {"defaults": {}, "per layer": PER_LAYER, **RULES}.items()
+            ),
+            *(pytest.param(ShardPoolConfig, kwargs, id=name) for name, kwargs in SHARD_RULES.items()),
         ],
-        "config_class": [pytest.param(LinearMoeConfig, id="LinearMoeConfig")],
+        "config_class": [
+            pytest.param(config_class, id=config_class.__name__) for config_class in (LinearMoeConfig, ShardPoolConfig)
+        ],
     },
     say_lora=("test_lora_config_layers_to_transform_validation", "test_regex_with_layer_indexing_lora"),
 )

@@ -4,9 +4,13 @@ import re
 
 import pytest
 
-from moe_peft import LinearMoeConfig
+from moe_peft import LinearMoeConfig, ShardPoolConfig
 
-from .factory import RULES, SMALL, rebuild
+from .factory import RULES, SHARD_RULES, SMALL, rebuild
+
+
+KINDS = [(LinearMoeConfig, "linear_moe", rule, settings) for rule, settings in RULES.items()]
+KINDS += [(ShardPoolConfig, "shard_pool", rule, settings) for rule, settings in SHARD_RULES.items()]
 
 
 def _cases() -> list:
@@ -24,12 +28,10 @@ def _cases() -> list:
         "and tokens": ("EmbConv1D", {"target_modules": ["conv1d"], "trainable_token_indices": {"emb": [0, 10]}}),
     }
     return [
-        pytest.param(
-            f"{rule} {target}", model, LinearMoeConfig, {**kwargs, **SMALL, **settings}, id=f"{rule}-{target}"
-        )
-        for rule, settings in RULES.items()
+        pytest.param(f"{rule} {target}", model, config_class, {**kwargs, **SMALL, **settings}, id=f"{rule}-{target}")
+        for config_class, _, rule, settings in KINDS
         for target, (model, kwargs) in targets.items()
-        if rule in ("one expert", "top-k") or target in ("first", "Conv1D", "and a saved module")
+        if rule in ("one expert", "top-k", "pools") or target in ("first", "Conv1D", "and a saved module")
     ]
 
 
@@ -39,20 +41,20 @@ def _pairs() -> list:
     tokens_0 = {"target_modules": ["lin0"], "trainable_token_indices": {"emb": [0, 1, 2]}}
     tokens_1 = {"target_modules": ["conv1d"], "trainable_token_indices": {"emb": [3, 4, 5, 6]}}
     kinds = {
-        "same": ("linear_moe", lin0, lin0),
-        "different": ("linear_moe", lin0, lin1),
+        "same": (None, lin0, lin0),
+        "different": (None, lin0, lin1),
         "with tokens": ("lora+trainable_tokens", tokens_0, tokens_1),
     }
     return [
         pytest.param(
             f"{rule} {kind}",
-            method,
-            LinearMoeConfig,
+            method or name,
+            config_class,
             {**first, **SMALL, **settings, "init_weights": False},
             {**second, **SMALL, **settings, "r": 2, "init_weights": False},
             id=f"{rule}-{kind}",
         )
-        for rule, settings in RULES.items()
+        for config_class, name, rule, settings in KINDS
         for kind, (method, first, second) in kinds.items()
     ]
 
@@ -62,11 +64,11 @@ def _mixed(first: dict, second: dict) -> list:
     return [
         pytest.param(
             rule,
-            LinearMoeConfig(**{**SMALL, **settings, **first, "init_weights": False}),
-            LinearMoeConfig(**{**SMALL, **settings, **second, "r": 8, "init_weights": False}),
+            config_class(**{**SMALL, **settings, **first, "init_weights": False}),
+            config_class(**{**SMALL, **settings, **second, "r": 8, "init_weights": False}),
             id=rule,
         )
-        for rule, settings in RULES.items()
+        for config_class, _, rule, settings in KINDS
     ]
 
 
@@ -89,8 +91,8 @@ TestPeftCustomModel = rebuild(
         **MODEL_CASES,
         **CLASS_CASES,
         "config0": [
-            pytest.param(LinearMoeConfig(**LIN0, **SMALL, **settings, init_weights=False), id=rule)
-            for rule, settings in RULES.items()
+            pytest.param(config_class(**LIN0, **SMALL, **settings, init_weights=False), id=rule)
+            for config_class, _, rule, settings in KINDS
         ],
         "test_add_adapter_rejects_duplicate_name_without_mutation:mixed": [False],  # PeftMixedModel knows LoRA etc.
     },

@@ -2,10 +2,10 @@
 
 import pytest
 
-from moe_peft import LinearMoeConfig
+from moe_peft import LinearMoeConfig, ShardPoolConfig
 
 from . import checkpoints
-from .factory import LARGE, RULES, rebuild, upstream
+from .factory import LARGE, RULES, SHARD_RULES, rebuild, upstream
 
 
 pytest.importorskip("bitsandbytes")
@@ -29,7 +29,8 @@ TestQuantization = rebuild(
     {
         "quant": _loaders(),
         "config_cls,config_kwargs": [
-            pytest.param(LinearMoeConfig, {**QV, **kwargs}, id=name) for name, kwargs in RULES.items()
+            *(pytest.param(LinearMoeConfig, {**QV, **kwargs}, id=name) for name, kwargs in RULES.items()),
+            *(pytest.param(ShardPoolConfig, {**QV, **kwargs}, id=name) for name, kwargs in SHARD_RULES.items()),
         ],
     },
     # One test evaluates the base first, on purpose.

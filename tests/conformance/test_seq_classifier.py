@@ -2,10 +2,10 @@
 
 import pytest
 
-from moe_peft import LinearMoeConfig
+from moe_peft import LinearMoeConfig, ShardPoolConfig
 
 from . import checkpoints
-from .factory import LARGE, PER_LAYER, RULES, rebuild
+from .factory import LARGE, PER_LAYER, RULES, SHARD_RULES, rebuild
 
 
 CLASSIFY = {"task_type": "SEQ_CLS", "target_modules": None, **LARGE}
@@ -17,7 +17,8 @@ TestSequenceClassificationModels = rebuild(
     {
         "model_id": [pytest.param(checkpoints.path(name), id=name) for name in checkpoints.CLASSIFIERS],
         "config_cls,config_kwargs": [
-            pytest.param(LinearMoeConfig, {**CLASSIFY, **kwargs}, id=name) for name, kwargs in CONFIGS.items()
+            *(pytest.param(LinearMoeConfig, {**CLASSIFY, **kwargs}, id=name) for name, kwargs in CONFIGS.items()),
+            *(pytest.param(ShardPoolConfig, {**CLASSIFY, **kwargs}, id=name) for name, kwargs in SHARD_RULES.items()),
         ],
     },
 )
