@@ -21,6 +21,7 @@ from moe_peft.context import set_aux_scale, set_step, task_types  # noqa: E402
 from moe_peft.growing import grow  # noqa: E402
 from moe_peft.plain_lora import to_lora  # noqa: E402
 from moe_peft.rank_config import RankMoeConfig  # noqa: E402
+from moe_peft.router_init import init_routers  # noqa: E402
 from moe_peft.shard_config import ShardPoolConfig  # noqa: E402
 from moe_peft.tuners import base  # noqa: E402
 from moe_peft.tuners.ffn_moe import FfnMoeModel  # noqa: E402
@@ -52,6 +53,7 @@ __all__ = [
     "consistency_loss",
     "from_catalogue",
     "grow",
+    "init_routers",
     "set_aux_scale",
     "set_step",
     "task_types",

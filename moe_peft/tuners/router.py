@@ -142,12 +142,13 @@ class Router(nn.Module):
     @property
     def routes(self) -> bool:
         """Whether a token chooses here."""
-        return self.router is not None
+        return getattr(self, "router", None) is not None
 
     def idle_parameters(self) -> int:
         """Parameters that a token does not use."""
-        unused = len(self.lora_A) - self.num_shared - self.visited
-        return unused * (self.lora_A[0].numel() + self.lora_B[0].numel())
+        unused = len(self.lora_B) - self.num_shared - self.visited
+        own_A = self.lora_A[0].numel() if len(self.lora_A) > 1 else 0
+        return max(unused, 0) * (own_A + self.lora_B[0].numel())
 
     def current_rule(self) -> RoutingRule:
         """The rule with the settings that it has now. `.to()` puts another tensor in a buffer's place."""
@@ -163,6 +164,8 @@ class Router(nn.Module):
         if int(tokens):
             true = self.num_experts - self.num_null
             bias.copy_(updated_bias(bias, counts, tokens, self.bias_update_speed, true, self.target_active))
+
+    num_shared: int
 
     def slots(self, context: RoutingContext) -> int:
         """K, on its way from `top_k_start` to `top_k` while training."""
