@@ -51,7 +51,8 @@ def inspect_adapter(
     targets = sorted({name.rsplit(".", 1)[-1] for name in modules})
     table = Table(title=f"{adapter}: {config.peft_type.value}", show_header=False)
     visited = f"top {config.top_k}" if config.top_k else ""
-    table.add_row("experts", f"{config.num_experts} of rank {config.r}, {config.num_shared_experts} shared")
+    experts = f"{config.num_experts} of rank {config.r}, {config.num_shared_experts} shared"
+    table.add_row("experts", f"{config.r} ranks" if config.num_experts is None else experts)
     table.add_row("routing", f"{config.routing} {visited}; balance {config.balance}")
     table.add_row("adapted layers", f"{count.layers}: {', '.join(targets)}")
     table.add_row("trained parameters", f"{count.trainable:,}, of them {count.router:,} in routers")

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from moe_peft import FfnMoeConfig, LinearMoeConfig
+from moe_peft import FfnMoeConfig, LinearMoeConfig, RankMoeConfig
 
 
 PEFT_VERSION = version("peft")
@@ -180,6 +180,11 @@ FFN_RULES: dict[str, dict[str, Any]] = {
     "FFN top-1": {"num_experts": 3, "routing": "top_1_straight_through"},
 }
 """For models with FFN blocks."""
+RANK_RULES: dict[str, dict[str, Any]] = {
+    "one rank": {"r": 1},
+    "ranks by a router": {"r": 8, "top_k": 4},
+    "ranks by themselves": {"r": 8, "top_k": 4, "routing": "self_activated", "temperature": 0.3},
+}
 SMALL = {"r": 4, "lora_alpha": 4}
 """For tests that take steps at learning rate 0.5 on inputs up to 90."""
 LARGE = {"r": 4, "lora_alpha": 32}
@@ -190,17 +195,26 @@ PER_LAYER = {"num_experts": "2:4", "top_k": 2, "r": [2, 4], "lora_dropout": 0.05
 
 def is_routed(case: Any) -> bool:
     """Whether any config, or keyword arguments for one, among the values of a case asks for more than one expert."""
-    for value in getattr(case, "values", case):
-        experts = value.get("num_experts", 8) if isinstance(value, dict) else None
-        if isinstance(value, (LinearMoeConfig, FfnMoeConfig)):
+    values = getattr(case, "values", case)
+    ranks = RankMoeConfig in [value for value in values if isinstance(value, type)]
+    for value in values:
+        if isinstance(value, RankMoeConfig):
+            experts = value.r
+        elif isinstance(value, (LinearMoeConfig, FfnMoeConfig)):
             experts = value.num_experts
+        else:
+            experts = _experts(value, ranks) if isinstance(value, dict) else None
         if experts not in (None, 1):
             return True
     return False
 
 
+def _experts(config_kwargs: dict, ranks: bool) -> Any:
+    return config_kwargs.get("r", 64) if ranks else config_kwargs.get("num_experts", 8)
+
+
 def _skip_if_routed(model_id: str, config_cls: Any, config_kwargs: dict) -> None:
-    if config_kwargs.get("num_experts", 8) != 1:
+    if _experts(config_kwargs, config_cls is RankMoeConfig) != 1:
         pytest.skip("A routed adapter has no weight to merge.")
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from moe_peft import LinearMoeConfig
+from moe_peft import LinearMoeConfig, RankMoeConfig
 
 from . import checkpoints
-from .factory import PER_LAYER, RULES, rebuild, upstream
+from .factory import PER_LAYER, RANK_RULES, RULES, rebuild, upstream
 
 
 # Read by tests that load a LoRA config through another method's class.
@@ -18,8 +18,12 @@ TestPeftConfig = rebuild(
         "config_class,mandatory_kwargs": [
             pytest.param(LinearMoeConfig, kwargs, id=name)
             for name, kwargs in {"defaults": {}, "per layer": PER_LAYER, **RULES}.items()
+        ]
+        + [pytest.param(RankMoeConfig, kwargs, id=name) for name, kwargs in {"ranks": {}, **RANK_RULES}.items()],
+        "config_class": [
+            pytest.param(LinearMoeConfig, id="LinearMoeConfig"),
+            pytest.param(RankMoeConfig, id="RankMoeConfig"),
         ],
-        "config_class": [pytest.param(LinearMoeConfig, id="LinearMoeConfig")],
     },
     say_lora=("test_lora_config_layers_to_transform_validation", "test_regex_with_layer_indexing_lora"),
 )

@@ -4,9 +4,13 @@ import re
 
 import pytest
 
-from moe_peft import LinearMoeConfig
+from moe_peft import LinearMoeConfig, RankMoeConfig
 
-from .factory import RULES, SMALL, rebuild
+from .factory import RANK_RULES, RULES, SMALL, rebuild
+
+
+ALL_RULES = {name: (LinearMoeConfig, settings) for name, settings in RULES.items()}
+ALL_RULES |= {name: (RankMoeConfig, settings) for name, settings in RANK_RULES.items()}
 
 
 def _cases() -> list:
@@ -24,12 +28,11 @@ def _cases() -> list:
         "and tokens": ("EmbConv1D", {"target_modules": ["conv1d"], "trainable_token_indices": {"emb": [0, 10]}}),
     }
     return [
-        pytest.param(
-            f"{rule} {target}", model, LinearMoeConfig, {**kwargs, **SMALL, **settings}, id=f"{rule}-{target}"
-        )
-        for rule, settings in RULES.items()
+        pytest.param(f"{rule} {target}", model, config_cls, {**kwargs, **SMALL, **settings}, id=f"{rule}-{target}")
+        for rule, (config_cls, settings) in ALL_RULES.items()
         for target, (model, kwargs) in targets.items()
-        if rule in ("one expert", "top-k") or target in ("first", "Conv1D", "and a saved module")
+        if rule in ("one expert", "top-k", "one rank", "ranks by a router")
+        or target in ("first", "Conv1D", "and a saved module")
     ]
 
 
@@ -47,12 +50,12 @@ def _pairs() -> list:
         pytest.param(
             f"{rule} {kind}",
             method,
-            LinearMoeConfig,
+            config_cls,
             {**first, **SMALL, **settings, "init_weights": False},
-            {**second, **SMALL, **settings, "r": 2, "init_weights": False},
+            {**second, **SMALL, **settings, **_other_r(config_cls, settings, 2), "init_weights": False},
             id=f"{rule}-{kind}",
         )
-        for rule, settings in RULES.items()
+        for rule, (config_cls, settings) in ALL_RULES.items()
         for kind, (method, first, second) in kinds.items()
     ]
 
@@ -62,12 +65,17 @@ def _mixed(first: dict, second: dict) -> list:
     return [
         pytest.param(
             rule,
-            LinearMoeConfig(**{**SMALL, **settings, **first, "init_weights": False}),
-            LinearMoeConfig(**{**SMALL, **settings, **second, "r": 8, "init_weights": False}),
+            config_cls(**{**SMALL, **settings, **first, "init_weights": False}),
+            config_cls(**{**SMALL, **settings, **second, **_other_r(config_cls, settings, 8), "init_weights": False}),
             id=rule,
         )
-        for rule, settings in RULES.items()
+        for rule, (config_cls, settings) in ALL_RULES.items()
     ]
+
+
+def _other_r(config_cls: type, settings: dict, r: int) -> dict:
+    """For the second of two adapters: another rank, but where the rank says how many experts there are."""
+    return {"r": r} if config_cls is LinearMoeConfig else {"r": settings["r"]}
 
 
 def _check_requires_grad(self, model, *expected: str) -> None:
@@ -89,8 +97,8 @@ TestPeftCustomModel = rebuild(
         **MODEL_CASES,
         **CLASS_CASES,
         "config0": [
-            pytest.param(LinearMoeConfig(**LIN0, **SMALL, **settings, init_weights=False), id=rule)
-            for rule, settings in RULES.items()
+            pytest.param(config_cls(**{**LIN0, **SMALL, **settings, "init_weights": False}), id=rule)
+            for rule, (config_cls, settings) in ALL_RULES.items()
         ],
         "test_add_adapter_rejects_duplicate_name_without_mutation:mixed": [False],  # PeftMixedModel knows LoRA etc.
     },

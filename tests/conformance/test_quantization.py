@@ -2,10 +2,10 @@
 
 import pytest
 
-from moe_peft import LinearMoeConfig
+from moe_peft import LinearMoeConfig, RankMoeConfig
 
 from . import checkpoints
-from .factory import LARGE, RULES, rebuild, upstream
+from .factory import LARGE, RANK_RULES, RULES, rebuild, upstream
 
 
 pytest.importorskip("bitsandbytes")
@@ -30,7 +30,8 @@ TestQuantization = rebuild(
         "quant": _loaders(),
         "config_cls,config_kwargs": [
             pytest.param(LinearMoeConfig, {**QV, **kwargs}, id=name) for name, kwargs in RULES.items()
-        ],
+        ]
+        + [pytest.param(RankMoeConfig, {**QV, **kwargs}, id=name) for name, kwargs in RANK_RULES.items()],
     },
     # One test evaluates the base first, on purpose.
     pytestmark=[pytest.mark.filterwarnings("ignore:The 4-bit base model was evaluated before")],

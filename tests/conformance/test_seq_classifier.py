@@ -2,10 +2,10 @@
 
 import pytest
 
-from moe_peft import LinearMoeConfig
+from moe_peft import LinearMoeConfig, RankMoeConfig
 
 from . import checkpoints
-from .factory import LARGE, PER_LAYER, RULES, rebuild
+from .factory import LARGE, PER_LAYER, RANK_RULES, RULES, rebuild
 
 
 CLASSIFY = {"task_type": "SEQ_CLS", "target_modules": None, **LARGE}
@@ -18,6 +18,7 @@ TestSequenceClassificationModels = rebuild(
         "model_id": [pytest.param(checkpoints.path(name), id=name) for name in checkpoints.CLASSIFIERS],
         "config_cls,config_kwargs": [
             pytest.param(LinearMoeConfig, {**CLASSIFY, **kwargs}, id=name) for name, kwargs in CONFIGS.items()
-        ],
+        ]
+        + [pytest.param(RankMoeConfig, {**CLASSIFY, **kwargs}, id=name) for name, kwargs in RANK_RULES.items()],
     },
 )
