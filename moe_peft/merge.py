@@ -27,12 +27,15 @@ from moe_peft.routing import dense_weights, routing_dtype
 from moe_peft.saving import begin, put_in_place
 from moe_peft.tuners.layer import MoeTunerLayer
 from moe_peft.tuners.linear_moe import LinearMoeLinear, RoutedLora
+from moe_peft.tuners.rank_moe import RankExperts, RankMoeLinear
 
 
 METHODS = ("lstsq", "mean")
 """How `fit_static` reads the routed output: least squares, or the mean weight of each expert."""
 
 Batch = dict[str, Any]
+
+Experts = RoutedLora | RankExperts
 
 
 class Factors(NamedTuple):
@@ -68,7 +71,7 @@ def _check_mergeable(model: PeftModel, layers: dict[str, MoeTunerLayer], adapter
     """Refuse what a plain LoRA could not carry, before anything is computed."""
     if any(adapter_name not in layer.active_adapters for layer in layers.values()):
         raise ValueError(f"Adapter '{adapter_name}' is not active. Call `model.set_adapter('{adapter_name}')` first.")
-    if not all(isinstance(layer, LinearMoeLinear) for layer in layers.values()):
+    if not all(isinstance(layer, (LinearMoeLinear, RankMoeLinear)) for layer in layers.values()):
         raise ValueError(
             f"Adapter '{adapter_name}' is an FFN mixture. Its experts differ inside the non-linearity, which no LoRA on the "
             "linears can follow. `moe-peft export --to moe` writes it exactly, as a stock MoE checkpoint."
@@ -83,15 +86,15 @@ def _check_mergeable(model: PeftModel, layers: dict[str, MoeTunerLayer], adapter
 class _Statistics:
     """S and G of one layer, accumulated in fp64 from a hook on its experts."""
 
-    def __init__(self, experts: RoutedLora) -> None:
-        n, rows = experts.lora_A.shape[0] * experts.r, 0 if experts.router is None else experts.num_experts
+    def __init__(self, experts: Experts) -> None:
+        n, rows = len(stacked(experts)[0]), 0 if experts.router is None else len(experts.router)
         device = experts.lora_A.device
         self.S = torch.zeros(n + rows, n + rows, dtype=torch.float64, device=device)
         self.G = torch.zeros(n, n + rows, dtype=torch.float64, device=device)
-        self.gate_sum = torch.zeros(experts.lora_A.shape[0], dtype=torch.float64, device=device)
+        self.gate_sum = torch.zeros(n // experts.r, dtype=torch.float64, device=device)
         self.tokens = 0
 
-    def add(self, experts: RoutedLora, x: Tensor, real: Tensor | None) -> None:
+    def add(self, experts: Experts, x: Tensor, real: Tensor | None) -> None:
         tokens = x.reshape(-1, x.shape[-1])
         tokens = tokens if real is None else tokens[real]
         hidden, gates, logits = hidden_gates_logits(experts, tokens)
@@ -103,10 +106,20 @@ class _Statistics:
         self.tokens += tokens.shape[0]
 
 
-def hidden_gates_logits(experts: RoutedLora, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def stacked(experts: Experts) -> tuple[Tensor, Tensor]:
+    """`A [n, d_in]` and `B [n, d_out]` of all experts, the scale in B."""
+    if isinstance(experts, RankExperts):
+        return experts.stacked()
+    return experts.lora_A.flatten(0, 1), experts.scaling * experts.lora_B.flatten(0, 1)
+
+
+def hidden_gates_logits(experts: Experts, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`(hidden [T, (E + S) r], weights [T, E + S], router logits [T, E])` in fp32, by the definition; S shared experts."""
     x = tokens.to(routing_dtype(tokens.dtype))
-    hidden = x @ experts.lora_A.flatten(0, 1).to(x.dtype).T
+    hidden = x @ stacked(experts)[0].to(x.dtype).T
+    if isinstance(experts, RankExperts) and not experts.static:
+        logits = x.new_zeros(x.shape[0], 0) if experts.router is None else x @ experts.router.to(x.dtype).T
+        return hidden, experts.gates_by_definition(hidden, logits), logits
     if experts.router is None:
         return hidden, x.new_ones(x.shape[0], 1 + experts.num_shared), x.new_zeros(x.shape[0], 0)
     logits = x @ experts.router.to(x.dtype).T
@@ -121,7 +134,7 @@ def observing(model: nn.Module, layers: dict[str, MoeTunerLayer], adapter_name: 
     handles = []
     context = next(iter(layers.values())).context
 
-    def hook(name: str, experts: RoutedLora) -> Any:
+    def hook(name: str, experts: Experts) -> Any:
         def before(module: nn.Module, args: tuple) -> None:
             x, y, _ = args
             see(name, experts, x, y, context.real_tokens(x.shape[:-1].numel()))
@@ -170,7 +183,7 @@ def fit_static(
     _check_mergeable(model, layers, adapter_name)
     statistics = {name: _Statistics(layer.experts(adapter_name)) for name, layer in layers.items()}
 
-    def see(name: str, experts: RoutedLora, x: Tensor, y: Tensor, real: Tensor | None) -> None:
+    def see(name: str, experts: Experts, x: Tensor, y: Tensor, real: Tensor | None) -> None:
         statistics[name].add(experts, x, real)
 
     with observing(model, layers, adapter_name, see):
@@ -183,13 +196,12 @@ def fit_static(
     }
 
 
-def _solve(experts: RoutedLora, stats: _Statistics, rank: int | None, method: str) -> Factors:
+def _solve(experts: Experts, stats: _Statistics, rank: int | None, method: str) -> Factors:
     """From the statistics to two factors, the truncation weighted by the data."""
-    n = experts.lora_A.shape[0] * experts.r
-    rows = experts.lora_A.flatten(0, 1).double()
+    rows, B = (factor.double() for factor in stacked(experts))
+    n = len(rows)
     if experts.router is not None:
         rows = torch.cat((rows, experts.router.double()))
-    B = experts.scaling * experts.lora_B.flatten(0, 1).double().T  # [d_out, n]
     values, vectors = torch.linalg.eigh(stats.S)
     values = values.clamp(min=1e-6 * float(values.mean().clamp(min=1e-12)))  # calibration text may not span z
     root, inverse_root = vectors * values.sqrt(), (vectors / values.sqrt()).T  # root @ root.T = S
@@ -199,7 +211,7 @@ def _solve(experts: RoutedLora, stats: _Statistics, rank: int | None, method: st
         Z[:, :n] = torch.diag(gates)
     else:
         Z = stats.G @ (vectors / values) @ vectors.T
-    Q, R = torch.linalg.qr(B)
+    Q, R = torch.linalg.qr(B.T)  # [d_out, n]
     U, sigma, Vh = torch.linalg.svd(R @ Z @ root, full_matrices=False)
     keep = min(rank or n, sigma.numel())
     A = Vh[:keep] @ inverse_root @ rows

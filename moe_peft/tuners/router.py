@@ -57,6 +57,7 @@ class Router(nn.Module):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     router: nn.Parameter | None
+    num_shared: int
 
     def set_up_router(
         self,
