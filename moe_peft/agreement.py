@@ -8,8 +8,16 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_peft.merge import Batch, Factors, hidden_and_features, instead_of_routing, observing, on_device, routed_layers
-from moe_peft.tuners.linear_moe import RoutedLora
+from moe_peft.merge import (
+    Batch,
+    Experts,
+    Factors,
+    hidden_and_features,
+    instead_of_routing,
+    observing,
+    on_device,
+    routed_layers,
+)
 
 
 class Agreement(NamedTuple):
@@ -50,7 +58,7 @@ def measure_agreement(
     tokens, layers = 0, routed_layers(model, adapter_name)
     error: dict[str, Tensor] = {name: torch.zeros(2, dtype=torch.float64) for name in layers}
 
-    def see(name: str, experts: RoutedLora, x: Tensor, y: Tensor, gates: Tensor, real: Tensor | None) -> None:
+    def see(name: str, experts: Experts, x: Tensor, y: Tensor, gates: Tensor, real: Tensor | None) -> None:
         flat = x.reshape(-1, x.shape[-1])
         flat, gates = (flat, gates) if real is None else (flat[real], gates[real])
         error[name] += _squares(experts, factors[name], flat, gates)
@@ -84,10 +92,10 @@ def _log_probs(model: PeftModel, batch: Batch) -> tuple[Tensor, Tensor]:
     return logits[wanted].float().log_softmax(-1), labels[wanted]
 
 
-def _squares(experts: RoutedLora, f: Factors, x: Tensor, gates: Tensor) -> Tensor:
+def _squares(experts: Experts, f: Factors, x: Tensor, gates: Tensor) -> Tensor:
     """`[sum |merged - routed|^2, sum |routed|^2]` over tokens, of what is added to the frozen output."""
     hidden, _ = hidden_and_features(experts, x)
     gated = hidden * gates.repeat_interleave(experts.r, dim=1)
-    routed = experts.scaling * gated @ experts.lora_B.flatten(0, 1).to(gated.dtype)
+    routed = gated @ experts.stacked()[1].to(gated.dtype)
     merged = x.to(f.A.dtype) @ f.A.T @ f.B.T
     return torch.stack([(merged - routed).square().sum(), routed.square().sum()]).double().cpu()

@@ -144,7 +144,9 @@ def method_line(config: Any) -> str:
         return kind
     chosen = f", top {config.top_k}" if config.top_k else ""
     balance = "" if config.balance == "none" else f" x {config.router_aux_loss_coef:g}"
-    return f"{kind}, {config.num_experts} experts of rank {config.r}, {config.routing}{chosen}, balance {config.balance}{balance}"
+    ranks = config.num_experts is None  # each of them an expert
+    experts = f"{config.r} ranks" if ranks else f"{config.num_experts} experts of rank {config.r}"
+    return f"{kind}, {experts}, {config.routing}{chosen}, balance {config.balance}{balance}"
 
 
 def _unused(rows: Rows) -> str:

@@ -46,7 +46,10 @@ def methods() -> None:
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         top_k = getattr(config, "top_k", None)
         routing = getattr(config, "routing", "-") + (f", top {top_k}" if top_k else "")
-        experts, balance = str(getattr(config, "num_experts", "-")), str(getattr(config, "balance", "-"))
+        experts, balance = (
+            str(getattr(config, "num_experts", "-") or f"{config.r} ranks"),
+            getattr(config, "balance", "-"),
+        )
         table.add_row(name, kind, experts, routing, balance, catalogue.idea(name))
     Console().print(table)
 

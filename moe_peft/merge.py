@@ -27,12 +27,15 @@ from moe_peft.routing import routing_dtype
 from moe_peft.saving import begin, put_in_place
 from moe_peft.tuners.layer import MoeTunerLayer
 from moe_peft.tuners.linear_moe import LinearMoeLinear, RoutedLora
+from moe_peft.tuners.rank_moe import RankExperts, RankMoeLinear
 
 
 METHODS = ("lstsq", "mean")
 """How `fit_static` reads the routed output: least squares, or the mean weight of each expert."""
 
 Batch = dict[str, Any]
+
+Experts = RoutedLora | RankExperts
 
 
 class Factors(NamedTuple):
@@ -68,18 +71,13 @@ def _check_mergeable(model: PeftModel, layers: dict[str, MoeTunerLayer], adapter
     """Refuse what a plain LoRA could not carry, before anything is computed."""
     if any(adapter_name not in layer.active_adapters for layer in layers.values()):
         raise ValueError(f"Adapter '{adapter_name}' is not active. Call `model.set_adapter('{adapter_name}')` first.")
-    if not all(isinstance(layer, LinearMoeLinear) for layer in layers.values()):
-        if model.peft_config[adapter_name].peft_type == "RANK_MOE":
-            raise ValueError(
-                f"Adapter '{adapter_name}' chooses ranks by the token (`rank_moe`), and the fit of one plain LoRA to it is not "
-                "written yet. Serve it routed: transformers' `generate` works as it is."
-            )
+    if not all(isinstance(layer, (LinearMoeLinear, RankMoeLinear)) for layer in layers.values()):
         raise ValueError(
             f"Adapter '{adapter_name}' is an FFN mixture. Its experts differ inside the non-linearity, which no LoRA on the "
             "linears can follow. `moe-peft export --to moe` writes it exactly, as a stock MoE checkpoint."
         )
     config = model.peft_config[adapter_name]
-    if config.num_constant_experts:
+    if getattr(config, "num_constant_experts", 0):
         remedy = "What they add is a bias, which a plain LoRA does not have: serve the adapter routed."
         raise refuse("num_constant_experts", config.num_constant_experts, "0 for a static merge", remedy)
     for field in ("modules_to_save", "trainable_token_indices"):
@@ -91,15 +89,15 @@ def _check_mergeable(model: PeftModel, layers: dict[str, MoeTunerLayer], adapter
 class _Statistics:
     """S and G of one layer, accumulated in fp64 from a hook on its experts."""
 
-    def __init__(self, experts: RoutedLora) -> None:
-        n, rows = experts.lora_B.shape[0] * experts.r, len(router_rows(experts))
+    def __init__(self, experts: Experts) -> None:
+        n, rows = len(experts.stacked()[0]), len(router_rows(experts))
         device = experts.lora_A.device
         self.S = torch.zeros(n + rows, n + rows, dtype=torch.float64, device=device)
         self.G = torch.zeros(n, n + rows, dtype=torch.float64, device=device)
-        self.gate_sum = torch.zeros(experts.lora_B.shape[0], dtype=torch.float64, device=device)
+        self.gate_sum = torch.zeros(n // experts.r, dtype=torch.float64, device=device)
         self.tokens = 0
 
-    def add(self, experts: RoutedLora, x: Tensor, gates: Tensor, real: Tensor | None) -> None:
+    def add(self, experts: Experts, x: Tensor, gates: Tensor, real: Tensor | None) -> None:
         tokens = x.reshape(-1, x.shape[-1])
         if real is not None:
             tokens, gates = tokens[real], gates[real]
@@ -111,21 +109,16 @@ class _Statistics:
         self.tokens += tokens.shape[0]
 
 
-def router_rows(experts: RoutedLora) -> Tensor:
+def router_rows(experts: Experts) -> Tensor:
     """The rows of a router that reads the layer's own input, `[N, d_in]`; none where another decides."""
-    A, router = experts.lora_A, experts.router
+    A, router = experts.lora_A, getattr(experts, "router", None)
     return A.new_zeros(0, A.shape[-1]) if router is None or router.shape[1] != A.shape[-1] else router
 
 
-def every_A(experts: RoutedLora) -> Tensor:
-    """The stacked A of all experts, `[(E + S) r, d_in]`; one that they share is repeated."""
-    return experts.lora_A.expand(len(experts.lora_B), -1, -1).flatten(0, 1)
-
-
-def hidden_and_features(experts: RoutedLora, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def hidden_and_features(experts: Experts, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """`(A x [T, (E + S) r], what the read-out may use: A x and the router's products [T, (E + S) r + N])` in fp32."""
     x = tokens.to(routing_dtype(tokens.dtype))
-    hidden = x @ every_A(experts).to(x.dtype).T
+    hidden = x @ experts.stacked()[0].to(x.dtype).T
     return hidden, torch.cat((hidden, x @ router_rows(experts).to(x.dtype).T), dim=1)
 
 
@@ -135,7 +128,7 @@ def observing(model: nn.Module, layers: dict[str, MoeTunerLayer], adapter_name: 
     handles = []
     context = next(iter(layers.values())).context
 
-    def hook(name: str, experts: RoutedLora) -> Any:
+    def hook(name: str, experts: Experts) -> Any:
         def before(module: nn.Module, args: tuple) -> None:
             x, y, _, *routing = args
             if y is not None:  # not where a layer is only asked for its routing
@@ -187,7 +180,7 @@ def fit_static(
     _check_mergeable(model, layers, adapter_name)
     statistics = {name: _Statistics(layer.experts(adapter_name)) for name, layer in layers.items()}
 
-    def see(name: str, experts: RoutedLora, x: Tensor, y: Tensor, gates: Tensor, real: Tensor | None) -> None:
+    def see(name: str, experts: Experts, x: Tensor, y: Tensor, gates: Tensor, real: Tensor | None) -> None:
         statistics[name].add(experts, x, gates, real)
 
     with observing(model, layers, adapter_name, see):
@@ -200,11 +193,10 @@ def fit_static(
     }
 
 
-def _solve(experts: RoutedLora, stats: _Statistics, rank: int | None, method: str) -> Factors:
+def _solve(experts: Experts, stats: _Statistics, rank: int | None, method: str) -> Factors:
     """From the statistics to two factors, the truncation weighted by the data."""
-    n = experts.lora_B.shape[0] * experts.r
-    rows = torch.cat((every_A(experts).double(), router_rows(experts).double()))
-    B = experts.scaling * experts.lora_B.flatten(0, 1).double().T  # [d_out, n]
+    A, B = (factor.double() for factor in experts.stacked())
+    rows, n = torch.cat((A, router_rows(experts).double())), len(A)
     values, vectors = torch.linalg.eigh(stats.S)
     values = values.clamp(min=1e-6 * float(values.mean().clamp(min=1e-12)))  # calibration text may not span z
     root, inverse_root = vectors * values.sqrt(), (vectors / values.sqrt()).T  # root @ root.T = S
@@ -214,7 +206,7 @@ def _solve(experts: RoutedLora, stats: _Statistics, rank: int | None, method: st
         Z[:, :n] = torch.diag(gates)
     else:
         Z = stats.G @ (vectors / values) @ vectors.T
-    Q, R = torch.linalg.qr(B)
+    Q, R = torch.linalg.qr(B.T)  # [d_out, n]
     U, sigma, Vh = torch.linalg.svd(R @ Z @ root, full_matrices=False)
     keep = min(rank or n, sigma.numel())
     A = Vh[:keep] @ inverse_root @ rows

@@ -68,7 +68,9 @@ class RankMoeConfig(MoeConfig):
     """
 
     r: Allocation = field(default=64, metadata={"help": "Ranks per layer, each an expert."})
-    num_experts: Allocation | None = field(default=None, metadata={"help": "Left out: each rank is an expert."})
+    num_experts: Allocation | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=None, metadata={"help": "Left out: each rank is an expert."}
+    )
     routing: str = field(default=SIGMOID, metadata={"help": "How a token chooses its ranks."})
     rank_partition: int = field(default=1, metadata={"help": "Neighbouring ranks that share a row of the router."})
     bias_in_gates: bool = field(default=False, metadata={"help": "The selection bias enters the gates too."})

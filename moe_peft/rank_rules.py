@@ -107,7 +107,8 @@ def own_logits(responses: Tensor, temperature: float) -> Tensor:
         responses: P `[T, R]`, at least fp32.
         temperature: above 0.
     """
-    return responses / (temperature * responses.norm(dim=-1, keepdim=True).clamp(min=1e-8))
+    norm = responses.square().sum(-1, keepdim=True).clamp(min=1e-16).sqrt()  # its gradient at 0 is 0
+    return responses / (temperature * norm)
 
 
 def self_activated(router_logits: Tensor, top_k: int, lowest: float | None = None) -> Routing:

@@ -22,6 +22,7 @@ LLAMA_2_7B = LlamaConfig(
 AS_PUBLISHED = {"mola": (105_635_840, 5_693_440), "loramoe": (38_486_016, 3_686_400)}  # all, of them in routers
 AS_PUBLISHED |= dict.fromkeys(("mixlora", "mixlora-dynamic", "mixlora-switch"), (203_423_744, 1_048_576))
 AS_PUBLISHED |= {"llava-mole": (173_146_208, 393_312), "mos": (4_997_120, 0), "mosa": (19_988_480, 0)}
+AS_PUBLISHED |= {"smora": (232_783_872, 72_876_032), "moram": (19_988_480, 0)}
 SHRINKS = {"mixlora-dynamic", "mixlora-switch"}  # published with weights that sum to less than 1
 
 

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from moe_peft import FfnMoeConfig, LinearMoeConfig, MoeCallback
+from moe_peft import FfnMoeConfig, LinearMoeConfig, MoeCallback, RankMoeConfig, grow
 from moe_peft.attach import set_aux_scale
 from moe_peft.watch import average_loads, find_routers, read_windows
 
@@ -30,13 +30,26 @@ DDP = [(mode, unused) for unused in (False, True) for mode in ("none", "reentran
 DDP.remove(("reentrant", True))  # torch: a parameter is "marked ready twice", with any model
 
 
+OWN = {"routing": "self_activated", "top_k": 4, "temperature": 0.3}
+RANKS = {
+    "router": {"top_k": 4, "balance": "switch", "router_aux_loss_coef": 0.1},
+    "bias": {"top_k": 4, "balance": "bias"},
+    "own": OWN,
+    "grown": OWN,
+}
+
+
 def make_model(mode="none", dtype=torch.float64, ffn=False):
     torch.manual_seed(2)
     settings = {"num_experts": 4, "router_aux_loss_coef": 0.1, "init_weights": False}
     config = LinearMoeConfig(target_modules=["q_proj", "up_proj"], **settings)
-    if ffn:
+    if ffn in RANKS:
+        config = RankMoeConfig(target_modules=["q_proj", "up_proj"], r=8, init_weights=False, **RANKS[ffn])
+    elif ffn:
         config = FfnMoeConfig(target_modules="all-linear", **settings)
     model = get_peft_model(make_tiny_llama(layers=2, dtype=dtype), config)
+    if ffn == "grown":
+        grow(model, r=4)
     if mode != "none":
         model.base_model.model.gradient_checkpointing_enable({"use_reentrant": mode == "reentrant"})
     return model.train()
@@ -83,8 +96,20 @@ def difference(a, b):
 def under_ddp(mode, unused, ffn=False):
     model = DistributedDataParallel(make_model(mode, ffn=ffn), find_unused_parameters=unused)
     model(**batch_of(dist.get_rank())).loss.backward()
-    tokens = [int(router.state.tokens) for router in find_routers(model).values()]
+    tokens = [int(router.state.tokens or 0) for router in find_routers(model).values()]
     return difference(gradients(model), mean_of_local(mode, ffn=ffn)), tokens, list(find_routers(model))
+
+
+def two_passes_under_ddp(kind):
+    """DDP writes to buffers before each pass; what backward needs of the first one must not be among them."""
+    model, local = DistributedDataParallel(make_model(ffn=kind)), make_model(ffn=kind)
+    for m in (model, local):
+        sum(m(**batch_of(2 * i + dist.get_rank())).loss for i in range(2)).backward()
+    expected = gradients(local)
+    for gradient in expected.values():
+        dist.all_reduce(gradient)
+        gradient /= 2
+    return difference(gradients(model), expected)
 
 
 def loads_and_windows():
@@ -115,7 +140,7 @@ def under_fsdp2(mode, ffn=False):
         fully_shard(layer)
     fully_shard(model)
     model(**batch_of(dist.get_rank())).loss.backward()
-    tokens = [int(router.state.tokens) for router in find_routers(model).values()]
+    tokens = [int(router.state.tokens or 0) for router in find_routers(model).values()]
     return difference(gradients(model), mean_of_local(mode, ffn=ffn)), tokens, list(find_routers(model))
 
 
@@ -133,7 +158,7 @@ def under_fsdp1(original_parameters, ffn=False):
     with FullyShardedDataParallel.summon_full_params(model):
         found = {bare(name): before[bare(name)] - p for name, p in model.named_parameters() if bare(name) in expected}
     routers = find_routers(model)
-    tokens = [int(router.state.tokens) for router in routers.values()]
+    tokens = [int(router.state.tokens or 0) for router in routers.values()]
     average_loads(routers)
     return difference(found, expected), tokens, list(routers)
 
@@ -178,6 +203,13 @@ def work(rank, port, folder):
     parts |= {
         ("ffn", "fsdp1", original): functools.partial(under_fsdp1, original, ffn=True) for original in (True, False)
     }
+    for kind in RANKS:
+        parts[kind, "ddp"] = functools.partial(under_ddp, "none", False, ffn=kind)
+        parts[kind, "fsdp2"] = functools.partial(under_fsdp2, "reentrant", ffn=kind)
+        parts[kind, "fsdp1"] = functools.partial(under_fsdp1, True, ffn=kind)
+        parts[kind, "two passes"] = functools.partial(two_passes_under_ddp, kind)
+        if kind != "grown":  # flat parameters must be trained or frozen as a whole
+            parts[kind, "fsdp1 flat"] = functools.partial(under_fsdp1, False, ffn=kind)
     parts["trainer"] = functools.partial(under_the_trainer, folder)
     results = {}
     for name, part in parts.items():
@@ -242,6 +274,21 @@ def test_ffn_mixtures_average_their_gradients_as_well(reports, how):
         assert difference <= (1e-4 if "fsdp1" in how else 1e-12)
         assert tokens == [REAL[rank]] * 2
         assert names == ["model.layers.0.mlp.gate_proj", "model.layers.1.mlp.gate_proj"]
+
+
+@pytest.mark.parametrize("kind", RANKS)
+def test_ranks_average_their_gradients_as_well(reports, kind):
+    for how in ("ddp", "fsdp2", "fsdp1", "fsdp1 flat"):
+        if (kind, how) not in reports[0]:
+            continue
+        for difference, _, names in of(reports, (kind, how)):
+            assert difference <= (1e-4 if "fsdp1" in how else 1e-12)
+            assert names == LAYERS
+
+
+@pytest.mark.parametrize("kind", RANKS)
+def test_ranks_take_two_passes_before_one_backward(reports, kind):
+    assert max(of(reports, (kind, "two passes"))) <= 1e-12
 
 
 def test_loads_are_the_mean_over_ranks_in_one_exchange(reports):

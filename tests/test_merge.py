@@ -9,7 +9,7 @@ import torch
 from conftest import make_tiny_llama
 from peft import PeftModel, get_peft_model
 
-from moe_peft import LinearMoeConfig
+from moe_peft import LinearMoeConfig, RankMoeConfig, grow
 from moe_peft.agreement import measure_agreement
 from moe_peft.merge import (
     METHODS,
@@ -60,7 +60,7 @@ def test_the_fit_is_the_least_squares_solution_on_its_own_text(settings):
     hidden, z = hidden_and_features(experts, x)
     gates = experts.gates(x, layer.context)
     gated = hidden * gates.repeat_interleave(experts.r, dim=1)
-    routed = experts.scaling * gated @ experts.lora_B.flatten(0, 1)
+    routed = gated @ experts.stacked()[1]
     z = z.double()
     wanted = z @ torch.linalg.lstsq(z, routed.double()).solution
     factors = fit_static(model, batches)[name]
@@ -78,6 +78,39 @@ def test_hidden_gates_and_logits_are_the_layers_own():
     by_definition = experts.scaling * (hidden * gates.repeat_interleave(experts.r, 1)) @ experts.lora_B.flatten(0, 1)
     with torch.no_grad():
         torch.testing.assert_close(layer(x) - layer.base_layer(x), by_definition, rtol=1e-4, atol=1e-5)
+
+
+RANKS = {
+    "router": {"router_scale": 0.5},
+    "bias": {"bias_in_gates": True, "rank_partition": 2},
+    "one rank": {"r": 1},
+    "themselves": {"routing": "self_activated", "temperature": 0.3, "threshold": 0.2},
+}
+
+
+@pytest.mark.parametrize("grown", [False, True])
+@pytest.mark.parametrize("settings", RANKS.values(), ids=RANKS)
+def test_ranks_are_merged_as_experts_are(settings, grown):
+    torch.manual_seed(3)
+    settings = {"r": 8, "lora_alpha": 32, "target_modules": "all-linear", "init_weights": False, **settings}
+    config = RankMoeConfig(**settings, top_k=1 if settings["r"] == 1 else 4)
+    model = get_peft_model(make_tiny_llama(layers=2), config).eval()
+    if grown and config.routing == "self_activated":
+        grow(model, r=3)
+    for layer in routed_layers(model).values():
+        experts = layer.experts("default")
+        if experts.selection_bias is not None:
+            experts.selection_bias.normal_(std=0.1)
+        x = torch.randn(50, layer.in_features)
+        hidden, gates = hidden_and_features(experts, x)[0], experts.gates(x, layer.context)
+        with torch.no_grad():
+            added = layer(x) - layer.base_layer(x)
+            torch.testing.assert_close(hidden * gates @ experts.stacked()[1], added, rtol=1e-4, atol=1e-4)
+    agreements = {m: measure_agreement(model, fit_static(model, text(4), method=m), text()[4:]) for m in METHODS}
+    if settings["r"] == 1:
+        assert agreements["lstsq"].kl_merged < 1e-6
+    assert agreements["lstsq"].kl_merged < agreements["lstsq"].kl_base
+    assert agreements["lstsq"].kl_merged <= 1.2 * agreements["mean"].kl_merged + 1e-6
 
 
 def test_least_squares_is_no_worse_than_mean_weights_and_more_rank_no_worse_than_less():

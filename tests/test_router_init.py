@@ -61,7 +61,7 @@ def test_the_mean_of_a_domain_has_the_logit_that_was_asked_for_and_none_favours_
     init_routers(model, DOMAINS, strength=2.0)
     for domain, batches in DOMAINS.items():
         handle = layer.register_forward_pre_hook(
-            lambda m, a, d=domain: seen[d].append(a[0][batches[0]["attention_mask"].bool()])
+            lambda m, a, d=domain, b=batches: seen[d].append(a[0][b[0]["attention_mask"].bool()])
         )
         with torch.no_grad():
             model(**batches[0])

@@ -15,7 +15,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from moe_peft import FfnMoeConfig, LinearMoeConfig, MoeCallback, TaskTypeCollator
+from moe_peft import FfnMoeConfig, LinearMoeConfig, MoeCallback, RankMoeConfig, TaskTypeCollator
 from moe_peft.attach import RouterState
 from moe_peft.balance import switch_loss
 from moe_peft.pocket.tokenizer import make_tokenizer
@@ -88,7 +88,7 @@ class Recorder(TrainerCallback):
             {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
         )
         self.tokens.append({name: int(router.state.tokens) for name, router in routers.items()})
-        expected = {name: torch.zeros_like(router.router) for name, router in routers.items()}
+        expected = {name: torch.zeros_like(r.router) for name, r in routers.items() if r.router is not None}
         for name, x, real in self.calls:
             weight = routers[name].router.detach().requires_grad_()
             loss = switch_loss(
@@ -181,6 +181,28 @@ def test_the_balance_gradient_reaches_an_ffn_mixture_under(kind, tmp_path):
         assert largest_difference(routers, found[0][0]) == 0
 
 
+def ranks(kind: str, **settings) -> RankMoeConfig:
+    settings = {"r": 8, "top_k": 4, "target_modules": ["q_proj", "up_proj"], "init_weights": False, **settings}
+    return RankMoeConfig(task_type="SEQ_CLS" if kind == "Reward" else "CAUSAL_LM", **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"routing": "self_activated"}], ids=["router", "themselves"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_train_under(kind, settings, tmp_path):
+    trainer, plain = make_trainer(kind, tmp_path, config=ranks(kind, **settings), max_steps=1)
+    adapted = [name for name, p in trainer.model.named_parameters() if "rank_moe" in name and p.requires_grad]
+    frozen = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    trainer.train()
+    assert len(adapted) == 4 * (2 if settings else 3)
+    learns = kind not in ("GRPO", "RLOO")  # where all answers of a group are rewarded alike there is nothing to learn
+    assert all(plain.gradients[0][name].any() or not learns for name in adapted)
+    assert all(torch.equal(p, frozen[name]) for name, p in trainer.model.named_parameters() if name in frozen)
+    for mode in ("reentrant", "non-reentrant"):
+        checkpointed, recorder = make_trainer(kind, tmp_path, mode, config=ranks(kind, **settings), max_steps=1)
+        checkpointed.train()
+        assert largest_difference(recorder.gradients[0], plain.gradients[0]) == 0
+
+
 @pytest.mark.parametrize("kind", ["SFT", "DPO", "KTO", "Reward"])
 def test_gradient_accumulation_changes_nothing(kind, tmp_path, monkeypatch):
     """With the load pinned, as four loads of two rows are not one load of eight."""
@@ -218,11 +240,15 @@ def test_the_last_step_of_an_epoch_may_accumulate_less(tmp_path):
     assert seen == [0.25, 0.25, 0.25, 0.25, 1.0]
 
 
+@pytest.mark.parametrize("config", [adapter, ranks])
 @pytest.mark.parametrize("kind", ["DPO", "KTO", "GRPO", "RLOO"])
-def test_a_continued_adapter_is_its_own_reference(kind, tmp_path):
+def test_a_continued_adapter_is_its_own_reference(kind, config, tmp_path):
     """TRL copies the policy into an adapter "ref"; the two must agree before the first step."""
     torch.manual_seed(3)
-    policy = get_peft_model(backbone(kind), adapter(init_weights=False))
+    policy = get_peft_model(backbone(kind), config(kind, init_weights=False))
+    for router in find_routers(policy).values():
+        if getattr(router, "selection_bias", None) is not None:  # TRL copies parameters, and this is a buffer
+            router.selection_bias.normal_()
     settings = {"beta": 0.1} if kind in ("GRPO", "RLOO") else {}
     trainer, _ = make_trainer(kind, tmp_path, model=policy, max_steps=1, **settings)
     assert "ref" in trainer.model.peft_config

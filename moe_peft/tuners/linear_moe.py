@@ -109,6 +109,11 @@ class RoutedLora(Router):
         logits = nn.functional.linear(seen.reshape(-1, x.shape[-1]).to(dtype), self.router.to(dtype))
         return self.routed(logits, context, *self._seen(seen))
 
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """`A [n, d_in]` and `B [n, d_out]` of all experts, the scale in B; an A that they share is repeated."""
+        A = self.lora_A.expand(len(self.lora_B), -1, -1)
+        return A.flatten(0, 1), self.scaling * self.lora_B.flatten(0, 1)
+
     def gates(self, x: Tensor, context: RoutingContext, routing: Routing | None = None) -> Tensor:
         """The weights that `forward` gives the experts with low-rank weights, `[T, E + S]`; its arguments are those."""
         tokens = x.numel() // x.shape[-1]

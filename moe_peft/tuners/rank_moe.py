@@ -172,6 +172,27 @@ class RankExperts(Router):
     def _dropped(self, x: Tensor) -> Tensor:
         return nn.functional.dropout(x, self.dropout) if self.training and self.dropout else x
 
+    def gates_by_definition(self, hidden: Tensor, logits: Tensor) -> Tensor:
+        """The weights `[T, R]` from all ranks' responses `[T, R]` and the router's logits, of which it may have none."""
+        if self.self_activated:
+            logits = own_logits(hidden, self.temperature or 1.0)
+        else:
+            logits = logits.repeat_interleave(self.partition, 1) * self.router_scale
+        return dense_weights(self.current_rule()(logits, self.top_k))
+
+    def gates(self, x: Tensor, context: RoutingContext) -> Tensor:
+        """The weights of all ranks for the tokens of `x`, `[T, R]` in fp32 or better."""
+        tokens = x.reshape(-1, x.shape[-1]).to(routing_dtype(x.dtype))
+        if self.static:
+            return tokens.new_ones(len(tokens), 1)
+        rows = tokens.new_zeros(0, tokens.shape[1]) if self.router is None else self.router.to(tokens.dtype)
+        return self.gates_by_definition(tokens @ self.stacked()[0].to(tokens.dtype).T, tokens @ rows.T)
+
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """`A [R, d_in]` and `B [R, d_out]` of all ranks, each scale in B."""
+        B = self._all(self.frozen_B, self.scaling * self.lora_B, self.lora_B.dtype)
+        return self._all(self.frozen_A, self.lora_A, self.lora_A.dtype).flatten(0, 1), B.flatten(0, 1)
+
     @torch.no_grad()
     def consolidate(self) -> None:
         """Freeze the ranks that were trained, with their scale folded into B; the function stays what it is."""
@@ -235,7 +256,7 @@ class RankMoeLinear(MoeTunerLayer):
         return self.rank_moe_experts[adapter_name](x, y, self.context)
 
     def is_static(self, adapter_name: str) -> bool:
-        return not self.holds(adapter_name) or self.rank_moe_experts[adapter_name].static
+        return not self.holds(adapter_name) or bool(self.rank_moe_experts[adapter_name].static)
 
 
 class RankMoeModel(MoeTuner):

@@ -65,6 +65,7 @@ class Router(nn.Module):
     router_bias: nn.Parameter | None
     selection_bias: Tensor | None
     expert_groups: Tensor | None
+    num_shared: int
     share: float = 1.0
 
     def set_up_router(
@@ -164,8 +165,6 @@ class Router(nn.Module):
         if int(tokens):
             true = self.num_experts - self.num_null
             bias.copy_(updated_bias(bias, counts, tokens, self.bias_update_speed, true, self.target_active))
-
-    num_shared: int
 
     def slots(self, context: RoutingContext) -> int:
         """K, on its way from `top_k_start` to `top_k` while training."""

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from moe_peft import FfnMoeConfig, LinearMoeConfig, ShardPoolConfig
+from moe_peft import FfnMoeConfig, LinearMoeConfig, RankMoeConfig, ShardPoolConfig
 
 
 PEFT_VERSION = version("peft")
@@ -186,6 +186,11 @@ SHARD_RULES: dict[str, dict[str, Any]] = {
     "splits": {"num_splits": 2},
 }
 """For `ShardPoolConfig`; every width in the tests is even. None of them routes, so all of them are merged."""
+RANK_RULES: dict[str, dict[str, Any]] = {
+    "one rank": {"r": 1},
+    "ranks by a router": {"r": 8, "top_k": 4},
+    "ranks by themselves": {"r": 8, "top_k": 4, "routing": "self_activated", "temperature": 0.3},
+}
 SMALL = {"r": 4, "lora_alpha": 4}
 """For tests that take steps at learning rate 0.5 on inputs up to 90."""
 LARGE = {"r": 4, "lora_alpha": 32}
@@ -196,19 +201,28 @@ PER_LAYER = {"num_experts": "2:4", "top_k": 2, "r": [2, 4], "lora_dropout": 0.05
 
 def is_routed(case: Any) -> bool:
     """Whether any config, or keyword arguments for one, among the values of a case asks for more than one expert."""
-    for value in getattr(case, "values", case):
-        experts = value.get("num_experts") if isinstance(value, dict) else None
-        if isinstance(value, dict) and "num_experts" not in value:
-            experts = 1 if ShardPoolConfig in getattr(case, "values", case) else 8
-        if isinstance(value, (LinearMoeConfig, FfnMoeConfig)):
+    values = getattr(case, "values", case)
+    ranks = RankMoeConfig in [value for value in values if isinstance(value, type)]
+    for value in values:
+        if isinstance(value, ShardPoolConfig) or value is ShardPoolConfig:
+            return False
+        if isinstance(value, RankMoeConfig):
+            experts = value.r
+        elif isinstance(value, (LinearMoeConfig, FfnMoeConfig)):
             experts = value.num_experts
+        else:
+            experts = _experts(value, ranks) if isinstance(value, dict) else None
         if experts not in (None, 1):
             return True
     return False
 
 
+def _experts(config_kwargs: dict, ranks: bool) -> Any:
+    return config_kwargs.get("r", 64) if ranks else config_kwargs.get("num_experts", 8)
+
+
 def _skip_if_routed(model_id: str, config_cls: Any, config_kwargs: dict) -> None:
-    if config_cls is not ShardPoolConfig and config_kwargs.get("num_experts", 8) != 1:
+    if config_cls is not ShardPoolConfig and _experts(config_kwargs, config_cls is RankMoeConfig) != 1:
         pytest.skip("A routed adapter has no weight to merge.")
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from moe_peft import LinearMoeConfig, ShardPoolConfig
+from moe_peft import LinearMoeConfig, RankMoeConfig, ShardPoolConfig
 
 from . import checkpoints
-from .factory import PER_LAYER, RULES, SHARD_RULES, rebuild, upstream
+from .factory import PER_LAYER, RANK_RULES, RULES, SHARD_RULES, rebuild, upstream
 
 
 # Read by tests that load a LoRA config through another method's class.
@@ -21,9 +21,11 @@ TestPeftConfig = rebuild(
                 for name, kwargs in {"defaults": {}, "per layer": PER_LAYER, **RULES}.items()
             ),
             *(pytest.param(ShardPoolConfig, kwargs, id=name) for name, kwargs in SHARD_RULES.items()),
+            *(pytest.param(RankMoeConfig, kwargs, id=name) for name, kwargs in RANK_RULES.items()),
         ],
         "config_class": [
-            pytest.param(config_class, id=config_class.__name__) for config_class in (LinearMoeConfig, ShardPoolConfig)
+            pytest.param(config_class, id=config_class.__name__)
+            for config_class in (LinearMoeConfig, ShardPoolConfig, RankMoeConfig)
         ],
     },
     say_lora=("test_lora_config_layers_to_transform_validation", "test_regex_with_layer_indexing_lora"),

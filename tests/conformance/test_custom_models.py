@@ -4,13 +4,14 @@ import re
 
 import pytest
 
-from moe_peft import LinearMoeConfig, ShardPoolConfig
+from moe_peft import LinearMoeConfig, RankMoeConfig, ShardPoolConfig
 
-from .factory import RULES, SHARD_RULES, SMALL, rebuild
+from .factory import RANK_RULES, RULES, SHARD_RULES, SMALL, rebuild
 
 
 KINDS = [(LinearMoeConfig, "linear_moe", rule, settings) for rule, settings in RULES.items()]
 KINDS += [(ShardPoolConfig, "shard_pool", rule, settings) for rule, settings in SHARD_RULES.items()]
+KINDS += [(RankMoeConfig, "rank_moe", rule, settings) for rule, settings in RANK_RULES.items()]
 
 
 def _cases() -> list:
@@ -31,7 +32,8 @@ def _cases() -> list:
         pytest.param(f"{rule} {target}", model, config_class, {**kwargs, **SMALL, **settings}, id=f"{rule}-{target}")
         for config_class, _, rule, settings in KINDS
         for target, (model, kwargs) in targets.items()
-        if rule in ("one expert", "top-k", "pools") or target in ("first", "Conv1D", "and a saved module")
+        if rule in ("one expert", "top-k", "pools", "one rank", "ranks by a router")
+        or target in ("first", "Conv1D", "and a saved module")
     ]
 
 
@@ -51,7 +53,7 @@ def _pairs() -> list:
             method or name,
             config_class,
             {**first, **SMALL, **settings, "init_weights": False},
-            {**second, **SMALL, **settings, "r": 2, "init_weights": False},
+            {**second, **SMALL, **settings, **_other_r(config_class, settings, 2), "init_weights": False},
             id=f"{rule}-{kind}",
         )
         for config_class, name, rule, settings in KINDS
@@ -65,11 +67,18 @@ def _mixed(first: dict, second: dict) -> list:
         pytest.param(
             rule,
             config_class(**{**SMALL, **settings, **first, "init_weights": False}),
-            config_class(**{**SMALL, **settings, **second, "r": 8, "init_weights": False}),
+            config_class(
+                **{**SMALL, **settings, **second, **_other_r(config_class, settings, 8), "init_weights": False}
+            ),
             id=rule,
         )
         for config_class, _, rule, settings in KINDS
     ]
+
+
+def _other_r(config_cls: type, settings: dict, r: int) -> dict:
+    """For the second of two adapters: another rank, but where the rank says how many experts there are."""
+    return {"r": r} if config_cls is LinearMoeConfig else {"r": settings["r"]}
 
 
 def _check_requires_grad(self, model, *expected: str) -> None:
@@ -91,7 +100,7 @@ TestPeftCustomModel = rebuild(
         **MODEL_CASES,
         **CLASS_CASES,
         "config0": [
-            pytest.param(config_class(**LIN0, **SMALL, **settings, init_weights=False), id=rule)
+            pytest.param(config_class(**{**LIN0, **SMALL, **settings, "init_weights": False}), id=rule)
             for config_class, _, rule, settings in KINDS
         ],
         "test_add_adapter_rejects_duplicate_name_without_mutation:mixed": [False],  # PeftMixedModel knows LoRA etc.

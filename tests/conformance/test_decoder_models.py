@@ -2,10 +2,10 @@
 
 import pytest
 
-from moe_peft import FfnMoeConfig, LinearMoeConfig, ShardPoolConfig
+from moe_peft import FfnMoeConfig, LinearMoeConfig, RankMoeConfig, ShardPoolConfig
 
 from . import checkpoints
-from .factory import FFN_RULES, LARGE, PER_LAYER, RULES, SHARD_RULES, rebuild, upstream
+from .factory import FFN_RULES, LARGE, PER_LAYER, RANK_RULES, RULES, SHARD_RULES, rebuild, upstream
 
 
 CAUSAL = {"task_type": "CAUSAL_LM", "target_modules": None, **LARGE}
@@ -28,6 +28,7 @@ TestDecoderModels = rebuild(
             *(pytest.param(LinearMoeConfig, {**CAUSAL, **kwargs}, id=name) for name, kwargs in CONFIGS.items()),
             *(pytest.param(FfnMoeConfig, {**CAUSAL, **kwargs}, id=name) for name, kwargs in FFN_RULES.items()),
             *(pytest.param(ShardPoolConfig, {**CAUSAL, **kwargs}, id=name) for name, kwargs in SHARD_RULES.items()),
+            *(pytest.param(RankMoeConfig, {**CAUSAL, **kwargs}, id=name) for name, kwargs in RANK_RULES.items()),
         ],
     },
     pretend_lora=(

@@ -2,10 +2,10 @@
 
 import pytest
 
-from moe_peft import LinearMoeConfig, ShardPoolConfig
+from moe_peft import LinearMoeConfig, RankMoeConfig, ShardPoolConfig
 
 from . import checkpoints
-from .factory import LARGE, RULES, SHARD_RULES, rebuild, upstream
+from .factory import LARGE, RANK_RULES, RULES, SHARD_RULES, rebuild, upstream
 
 
 pytest.importorskip("bitsandbytes")
@@ -31,6 +31,7 @@ TestQuantization = rebuild(
         "config_cls,config_kwargs": [
             *(pytest.param(LinearMoeConfig, {**QV, **kwargs}, id=name) for name, kwargs in RULES.items()),
             *(pytest.param(ShardPoolConfig, {**QV, **kwargs}, id=name) for name, kwargs in SHARD_RULES.items()),
+            *(pytest.param(RankMoeConfig, {**QV, **kwargs}, id=name) for name, kwargs in RANK_RULES.items()),
         ],
     },
     # One test evaluates the base first, on purpose.

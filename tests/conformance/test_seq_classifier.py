@@ -2,10 +2,10 @@
 
 import pytest
 
-from moe_peft import LinearMoeConfig, ShardPoolConfig
+from moe_peft import LinearMoeConfig, RankMoeConfig, ShardPoolConfig
 
 from . import checkpoints
-from .factory import LARGE, PER_LAYER, RULES, SHARD_RULES, rebuild
+from .factory import LARGE, PER_LAYER, RANK_RULES, RULES, SHARD_RULES, rebuild
 
 
 CLASSIFY = {"task_type": "SEQ_CLS", "target_modules": None, **LARGE}
@@ -19,6 +19,7 @@ TestSequenceClassificationModels = rebuild(
         "config_cls,config_kwargs": [
             *(pytest.param(LinearMoeConfig, {**CLASSIFY, **kwargs}, id=name) for name, kwargs in CONFIGS.items()),
             *(pytest.param(ShardPoolConfig, {**CLASSIFY, **kwargs}, id=name) for name, kwargs in SHARD_RULES.items()),
+            *(pytest.param(RankMoeConfig, {**CLASSIFY, **kwargs}, id=name) for name, kwargs in RANK_RULES.items()),
         ],
     },
 )
