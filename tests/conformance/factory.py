@@ -182,10 +182,12 @@ FFN_RULES: dict[str, dict[str, Any]] = {
 """For models with FFN blocks."""
 SHARD_RULES: dict[str, dict[str, Any]] = {
     "own": {},
-    "pools": {"equivalent_rank": 2, "shards_per_vector": 2},
+    "pools": {"equivalent_rank": 1},
     "splits": {"num_splits": 2},
 }
-"""For `ShardPoolConfig`; every width in the tests is even. None of them routes, so all of them are merged."""
+"""For `ShardPoolConfig`. None of them routes, so all of them are merged."""
+JOINED = {"equivalent_rank": 2, "shards_per_vector": 2}
+"""Pools for models of even widths."""
 SMALL = {"r": 4, "lora_alpha": 4}
 """For tests that take steps at learning rate 0.5 on inputs up to 90."""
 LARGE = {"r": 4, "lora_alpha": 32}
