@@ -4,8 +4,8 @@ import json
 import random
 from pathlib import Path
 
-from rich.console import Console
 from peft import PeftModel
+from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import AutoConfig
@@ -160,7 +160,9 @@ def _write_exact(console: Console, adapted: PeftModel, output: Path, **fitting: 
     for option, value in fitting.items():
         if value is not None:
             name = "--" + option.replace("_", "-")
-            raise refuse(name, value, "left out for an adapter without routing", "It is written exactly: nothing is fitted.")
+            raise refuse(
+                name, value, "left out for an adapter without routing", "It is written exactly: nothing is fitted."
+            )
     lora = save_lora(adapted, output)
     console.print(
         f"Written to {output}: a plain PEFT LoRA of rank {lora.r}, which computes what the adapter computes, exactly."

@@ -32,7 +32,9 @@ def lora_factors(model: PeftModel, adapter_name: str = "default") -> dict[str, F
     config = model.peft_config[adapter_name]
     for field in ("modules_to_save", "trainable_token_indices"):
         if getattr(config, field, None):
-            remedy = "The plain LoRA would lose the weights that were trained there: call `merge_and_unload()` instead."
+            remedy = (
+                "The plain LoRA would lose the weights that were trained there: call `merge_and_unload()` instead."
+            )
             raise refuse(field, getattr(config, field), "None for a plain LoRA", remedy)
     return {name: _factors(layer, adapter_name) for name, layer in layers.items()}
 

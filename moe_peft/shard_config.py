@@ -171,7 +171,9 @@ def _check_ranks(config: ShardPoolConfig) -> None:
         remedy = f"With all {e} ranks private a layer has nothing to take {r} from: lower `private_rank`, or set `r` to {e}."
         raise refuse("private_rank", p, f"below `equivalent_rank` = {e} when `r` is {r}", remedy)
     if config.shards_per_vector > 1 and not config.shares:
-        remedy = "Each layer has its own shards only, and joining them is the same LoRA: set `equivalent_rank` below `r`."
+        remedy = (
+            "Each layer has its own shards only, and joining them is the same LoRA: set `equivalent_rank` below `r`."
+        )
         raise refuse("shards_per_vector", config.shards_per_vector, "1 when nothing is shared", remedy)
 
 
@@ -181,7 +183,9 @@ def _check_splits(config: ShardPoolConfig) -> None:
         allowed = "one of " + ", ".join(map(repr, SPLIT_FACTORS))
         raise refuse("split_factors", factors, allowed, nearest(str(factors), SPLIT_FACTORS))
     if splits > 255:
-        raise refuse("num_splits", splits, "at most 255", "MoSA uses 4: a part is trained by one pass in `num_splits`.")
+        raise refuse(
+            "num_splits", splits, "at most 255", "MoSA uses 4: a part is trained by one pass in `num_splits`."
+        )
     if splits > 1 and config.shares:
         remedy = "Splits and pools are two methods: leave `equivalent_rank` and `private_rank` out to split."
         raise refuse("num_splits", splits, "1 when layers share pools", remedy)

@@ -10,9 +10,7 @@ from torch import Tensor
 def assembled_naive(pool: Tensor, index: Tensor, r: int) -> Tensor:
     """The definition of `assembled`: rank j is the concatenation of the shards `index[j l] ... index[j l + l - 1]`."""
     per_vector = index.numel() // r
-    rows = [
-        torch.cat([pool[int(shard)] for shard in index[j * per_vector : (j + 1) * per_vector]]) for j in range(r)
-    ]
+    rows = [torch.cat([pool[int(shard)] for shard in index[j * per_vector : (j + 1) * per_vector]]) for j in range(r)]
     return torch.stack(rows)
 
 
@@ -31,7 +29,13 @@ def assembled(pool: Tensor, index: Tensor, r: int) -> Tensor:
 
 
 def draw_index(
-    layers: int, layer: int, r: int, equivalent_rank: int, per_vector: int, private_rank: int, generator: torch.Generator
+    layers: int,
+    layer: int,
+    r: int,
+    equivalent_rank: int,
+    per_vector: int,
+    private_rank: int,
+    generator: torch.Generator,
 ) -> Tensor:
     """Which shards a layer takes of a pool of `equivalent_rank * layers * per_vector`: `[r l]` int32, on the CPU.
 

@@ -134,7 +134,9 @@ def test_an_adapter_without_routing_is_inspected_and_written_exactly(folder, tmp
         capsys.readouterr().out.split()
     )
     tokens = torch.arange(1, 9)[None]
-    adapted, plain = (PeftModel.from_pretrained(load_pocket()[0], tmp_path / name).eval() for name in ("adapter", "lora"))
+    adapted, plain = (
+        PeftModel.from_pretrained(load_pocket()[0], tmp_path / name).eval() for name in ("adapter", "lora")
+    )
     assert isinstance(plain.peft_config["default"], LoraConfig)
     torch.testing.assert_close(plain(tokens).logits, adapted(tokens).logits, rtol=1e-4, atol=1e-5)
     rows = folder / "rows.jsonl"

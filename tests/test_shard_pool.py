@@ -126,7 +126,9 @@ def test_the_choice_follows_the_seed_alone_and_is_saved(tmp_path, tokens):
     models[0].save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert sum("index_" in key for key in saved) == 2 * len(layers_of(models[0]))
-    assert sum(value.numel() for key, value in saved.items() if "lora_" in key) == count_parameters(models[0]).trainable
+    assert (
+        sum(value.numel() for key, value in saved.items() if "lora_" in key) == count_parameters(models[0]).trainable
+    )
     config = ShardPoolConfig.from_pretrained(tmp_path)
     config.index_seed = 5  # the file decides
     assert torch.equal(
@@ -450,9 +452,13 @@ def test_bad_settings_are_refused(settings, message):
 
 
 def test_what_does_not_come_out_even_is_refused():
-    with pytest.raises(ValueError, match=r"`shards_per_vector` is 3, but must be a divisor of 64, the width of an adapted"):
+    with pytest.raises(
+        ValueError, match=r"`shards_per_vector` is 3, but must be a divisor of 64, the width of an adapted"
+    ):
         adapt(make_tiny_llama(), equivalent_rank=2, shards_per_vector=3)
-    with pytest.raises(ValueError, match=r"`num_splits` is 3, but must be a divisor of 256, the entries of a factor of rank"):
+    with pytest.raises(
+        ValueError, match=r"`num_splits` is 3, but must be a divisor of 256, the entries of a factor of rank"
+    ):
         adapt(make_tiny_llama(), num_splits=3, target_modules=["q_proj"])
     adapt(make_tiny_llama(), num_splits=3, target_modules=["up_proj"])  # 4 * 96
     with pytest.raises(ValueError, match=r"divisor of 256"):

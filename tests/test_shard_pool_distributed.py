@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from conftest import make_tiny_llama
 from peft import get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
-from test_distributed import DDP, batch_of, bare, difference, gradients
+from test_distributed import DDP, bare, batch_of, difference, gradients
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
@@ -97,7 +97,9 @@ def parts_of():
         parts |= {(form, "ddp", *how): functools.partial(under_ddp, form, *how) for how in DDP}
         parts |= {(form, "fsdp2", mode): functools.partial(under_fsdp2, form, mode) for mode in MODES}
         parts |= {(form, "fsdp1", flag): functools.partial(under_fsdp1, form, flag) for flag in (True, False)}
-    parts |= {("pools", "fsdp1", mode): functools.partial(under_fsdp1, "pools", True, None, mode) for mode in MODES[1:]}
+    parts |= {
+        ("pools", "fsdp1", mode): functools.partial(under_fsdp1, "pools", True, None, mode) for mode in MODES[1:]
+    }
     del parts[REFUSED]
     parts["refused"] = functools.partial(under_ddp, *REFUSED[::2], False)
     parts["pools", "fsdp2", "with its layer"] = functools.partial(under_fsdp2, "pools", "none", own_units=False)
@@ -131,7 +133,9 @@ def reports(tmp_path_factory):
     return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-@pytest.mark.parametrize("part", [name for name in parts_of() if "with its layer" not in name and name != "refused"], ids=str)
+@pytest.mark.parametrize(
+    "part", [name for name in parts_of() if "with its layer" not in name and name != "refused"], ids=str
+)
 def test_gradients_are_the_mean_of_the_local_ones(reports, part):
     for report in reports:
         assert not isinstance(report[part], str), report[part]

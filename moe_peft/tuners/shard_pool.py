@@ -47,7 +47,7 @@ class ShardPool(nn.Module):
     def __init__(self, config: ShardPoolConfig, d_in: int, d_out: int, layers: int) -> None:
         super().__init__()
         per_vector = config.shards_per_vector
-        shards = config.equivalent_rank * layers * per_vector
+        shards = (config.equivalent_rank or config.r) * layers * per_vector
         self.r = config.r
         self.lora_A = nn.Parameter(torch.empty(shards, d_in // per_vector))
         self.lora_B = nn.Parameter(torch.empty(shards, d_out // per_vector))
@@ -258,7 +258,9 @@ class ShardPoolModel(MoeTuner):
             give(adapter_name, config, layers, generator, memory)
             for layer in layers:
                 layer._move_adapter_to_device_of_base_layer(adapter_name)
-                layer.train(layer.get_base_layer().training)  # new modules train, and in an evaluated model would sample
+                layer.train(
+                    layer.get_base_layer().training
+                )  # new modules train, and in an evaluated model would sample
                 trained = adapter_name in layer.active_adapters and not config.inference_mode
                 for container in (layer.shard_pool_weights, layer.shard_pool_index):
                     if adapter_name in container:
@@ -274,8 +276,12 @@ def _check_widths(config: ShardPoolConfig, d_in: int, d_out: int) -> None:
     per_vector, splits = config.shards_per_vector, config.num_splits
     for width in (d_in, d_out):
         if width % per_vector:
-            remedy = "A pool that does not divide the width leaves an end of it without shards: 1, 2 or 4 fit most models."
-            raise refuse("shards_per_vector", per_vector, f"a divisor of {width}, the width of an adapted layer", remedy)
+            remedy = (
+                "A pool that does not divide the width leaves an end of it without shards: 1, 2 or 4 fit most models."
+            )
+            raise refuse(
+                "shards_per_vector", per_vector, f"a divisor of {width}, the width of an adapted layer", remedy
+            )
     widths = {"A": [d_in], "B": [d_out], "both": [d_in, d_out]}[config.split_factors]
     for width in widths:
         if (config.r * width) % splits:

@@ -28,9 +28,7 @@ def _cases() -> list:
         "and tokens": ("EmbConv1D", {"target_modules": ["conv1d"], "trainable_token_indices": {"emb": [0, 10]}}),
     }
     return [
-        pytest.param(
-            f"{rule} {target}", model, config_class, {**kwargs, **SMALL, **settings}, id=f"{rule}-{target}"
-        )
+        pytest.param(f"{rule} {target}", model, config_class, {**kwargs, **SMALL, **settings}, id=f"{rule}-{target}")
         for config_class, _, rule, settings in KINDS
         for target, (model, kwargs) in targets.items()
         if rule in ("one expert", "top-k", "pools") or target in ("first", "Conv1D", "and a saved module")

@@ -30,7 +30,10 @@ TestQuantization = rebuild(
         "quant": _loaders(),
         "config_cls,config_kwargs": [
             *(pytest.param(LinearMoeConfig, {**QV, **kwargs}, id=name) for name, kwargs in RULES.items()),
-            *(pytest.param(ShardPoolConfig, {**QV, **kwargs}, id=name) for name, kwargs in {**SHARD_RULES, "pools": JOINED}.items()),
+            *(
+                pytest.param(ShardPoolConfig, {**QV, **kwargs}, id=name)
+                for name, kwargs in {**SHARD_RULES, "pools": JOINED}.items()
+            ),
         ],
     },
     # One test evaluates the base first, on purpose.

@@ -18,7 +18,10 @@ TestSequenceClassificationModels = rebuild(
         "model_id": [pytest.param(checkpoints.path(name), id=name) for name in checkpoints.CLASSIFIERS],
         "config_cls,config_kwargs": [
             *(pytest.param(LinearMoeConfig, {**CLASSIFY, **kwargs}, id=name) for name, kwargs in CONFIGS.items()),
-            *(pytest.param(ShardPoolConfig, {**CLASSIFY, **kwargs}, id=name) for name, kwargs in {**SHARD_RULES, "pools": JOINED}.items()),
+            *(
+                pytest.param(ShardPoolConfig, {**CLASSIFY, **kwargs}, id=name)
+                for name, kwargs in {**SHARD_RULES, "pools": JOINED}.items()
+            ),
         ],
     },
 )
