@@ -209,6 +209,15 @@ def test_training_uses_one_part_and_inference_the_mean(form):
         torch.testing.assert_close(out, parts[i], **EXACT)
 
 
+def test_an_adapter_that_is_added_to_an_evaluated_model_does_not_sample(tokens):
+    model = adapt(make_tiny_llama(), "first", target_modules=["q_proj"])
+    adapt(model, "second", num_splits=4, lora_dropout=0.5, target_modules=["q_proj", "up_proj"])
+    adapt(model, "third", equivalent_rank=2, lora_dropout=0.5, target_modules=["down_proj"])
+    for name in ("second", "third"):
+        model.set_adapter(name)
+        assert torch.equal(logits(model, tokens), logits(model, tokens))
+
+
 @over_splits
 def test_a_split_factor_learns_the_drawn_entries_only_and_starts_as_published(form):
     base = nn.Sequential(nn.Linear(8, 8))

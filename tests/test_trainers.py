@@ -1,6 +1,7 @@
 """The balance gradient under TRL's trainers, unmodified: it arrives, it is the definition's, and it is to scale."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from moe_peft import FfnMoeConfig, LinearMoeConfig, MoeCallback, RankMoeConfig, TaskTypeCollator
+from moe_peft import FfnMoeConfig, LinearMoeConfig, MoeCallback, RankMoeConfig, ShardPoolConfig, TaskTypeCollator
 from moe_peft.attach import RouterState
 from moe_peft.balance import switch_loss
 from moe_peft.pocket.tokenizer import make_tokenizer
@@ -201,6 +202,32 @@ def test_ranks_train_under(kind, settings, tmp_path):
         checkpointed, recorder = make_trainer(kind, tmp_path, mode, config=ranks(kind, **settings), max_steps=1)
         checkpointed.train()
         assert largest_difference(recorder.gradients[0], plain.gradients[0]) == 0
+
+
+@pytest.mark.parametrize("form", [{"equivalent_rank": 2, "shards_per_vector": 2}, {"num_splits": 2}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_pools_and_splits_train_under(kind, form, tmp_path, monkeypatch):
+    def by_turns(completions, **_):  # so that there is an advantage to learn from, whatever is said
+        return [float(i % 2) for i, _ in enumerate(completions)]
+
+    monkeypatch.setattr(sys.modules[__name__], "as_in_long_answers", by_turns)
+    task_type = "SEQ_CLS" if kind == "Reward" else "CAUSAL_LM"
+    config = ShardPoolConfig(
+        r=4, target_modules=["q_proj", "up_proj"], task_type=task_type, init_weights=False, index_seed=1, **form
+    )
+    found = []
+    for mode in (None, "reentrant", "non-reentrant"):
+        torch.manual_seed(3)
+        trainer, recorder = make_trainer(kind, tmp_path, mode, config=copy.deepcopy(config), max_steps=1)
+        start = {name: p.clone() for name, p in trainer.model.named_parameters()}
+        trainer.train()
+        changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, start[name])}
+        trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+        assert changed == trained
+        assert any(".shard_pool_weights." in name for name in trained)
+        found.append(recorder.gradients[0])
+    for gradients in found[1:]:
+        assert largest_difference(gradients, found[0]) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["SFT", "DPO", "KTO", "Reward"])

@@ -110,9 +110,12 @@ class MoeTuner(BaseTuner):
         config = self.peft_config[adapter_name]
         for name in [name for name, other in self.peft_config.items() if other is config and name != adapter_name]:
             for layer in model.modules():
-                if isinstance(layer, MoeTunerLayer) and layer.holds(name) and layer.holds(adapter_name):
-                    copies = dict(layer.experts(adapter_name).named_buffers())
-                    for key, buffer in layer.experts(name).named_buffers():
+                if not isinstance(layer, MoeTunerLayer):
+                    continue
+                experts = getattr(layer, layer.adapter_layer_names[0])
+                if name in experts and adapter_name in experts:
+                    copies = dict(experts[adapter_name].named_buffers())
+                    for key, buffer in experts[name].named_buffers():
                         copies[key].copy_(buffer)
 
     @classmethod

@@ -16,6 +16,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from moe_peft.attach import RoutingContext
 from moe_peft.errors import refuse
@@ -46,11 +47,12 @@ class ShardPool(nn.Module):
     def __init__(self, config: ShardPoolConfig, d_in: int, d_out: int, layers: int) -> None:
         super().__init__()
         per_vector = config.shards_per_vector
-        shards = config.equivalent_rank * layers * per_vector
+        shards = (config.equivalent_rank or config.r) * layers * per_vector
         self.r = config.r
         self.lora_A = nn.Parameter(torch.empty(shards, d_in // per_vector))
         self.lora_B = nn.Parameter(torch.empty(shards, d_out // per_vector))
         self.lengths = (self.lora_A.shape, self.lora_B.shape)
+        self._reduced_at_once = False
         _start_A(self.lora_A, d_in)
         _start_B(self.lora_B, config)
 
@@ -63,10 +65,12 @@ class ShardPool(nn.Module):
         """A `[r, d_in]` and B `[r, d_out]` of the layer whose choice these are.
 
         Raises:
-            RuntimeError: if FSDP has put the pool away because it counts as a part of its first layer.
+            RuntimeError: if FSDP has put the pool away because it counts as a part of its first layer, or DDP would
+                leave out what re-entrant checkpointing adds later.
         """
         if not torch.compiler.is_compiling():
             self._check_present()
+            self._check_reduced_whole()
         device = self.lora_A.device
         A = assembled(self.lora_A, index_A.to(device), self.r)
         return A, assembled(self.lora_B, index_B.to(device), self.r)
@@ -82,6 +86,19 @@ class ShardPool(nn.Module):
                     "`model.modules()` before the layers; accelerate by adding ShardPool to "
                     "`fsdp_transformer_layer_cls_to_wrap`."
                 )
+
+    def _check_reduced_whole(self) -> None:
+        """Re-entrant checkpointing runs a backward pass of its own in each layer, and DDP exchanges a gradient once."""
+        if torch._C._current_graph_task_id() == -1:  # no backward pass runs
+            ddp = DistributedDataParallel._active_ddp_module
+            self._reduced_at_once = ddp is not None and not ddp.static_graph and ddp.process_group.size() > 1
+        elif self._reduced_at_once and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+            # Recomputing without the hooks of the other way: the layers' gradients arrive one by one.
+            raise RuntimeError(
+                "Under DDP, pools that layers share cannot be trained with re-entrant gradient checkpointing: DDP averages "
+                "a pool's gradient when its last layer is done, and what the other layers add stays local. Set "
+                '`gradient_checkpointing_kwargs={"use_reentrant": False}`.'
+            )
 
 
 @final
@@ -241,10 +258,13 @@ class ShardPoolModel(MoeTuner):
             give(adapter_name, config, layers, generator, memory)
             for layer in layers:
                 layer._move_adapter_to_device_of_base_layer(adapter_name)
+                layer.train(
+                    layer.get_base_layer().training
+                )  # new modules train, and in an evaluated model would sample
                 trained = adapter_name in layer.active_adapters and not config.inference_mode
                 for container in (layer.shard_pool_weights, layer.shard_pool_index):
                     if adapter_name in container:
-                        container[adapter_name].requires_grad_(trained).train(layer.training)
+                        container[adapter_name].requires_grad_(trained)
 
 
 def _scaling(config: ShardPoolConfig) -> float:

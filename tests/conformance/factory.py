@@ -182,10 +182,12 @@ FFN_RULES: dict[str, dict[str, Any]] = {
 """For models with FFN blocks."""
 SHARD_RULES: dict[str, dict[str, Any]] = {
     "own": {},
-    "pools": {"equivalent_rank": 2, "shards_per_vector": 2},
+    "pools": {"equivalent_rank": 1},
     "splits": {"num_splits": 2},
 }
-"""For `ShardPoolConfig`; every width in the tests is even. None of them routes, so all of them are merged."""
+"""For `ShardPoolConfig`. None of them routes, so all of them are merged."""
+JOINED = {"equivalent_rank": 2, "shards_per_vector": 2}
+"""Pools for models of even widths."""
 RANK_RULES: dict[str, dict[str, Any]] = {
     "one rank": {"r": 1},
     "ranks by a router": {"r": 8, "top_k": 4},

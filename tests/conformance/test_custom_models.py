@@ -78,7 +78,7 @@ def _mixed(first: dict, second: dict) -> list:
 
 def _other_r(config_cls: type, settings: dict, r: int) -> dict:
     """For the second of two adapters: another rank, but where the rank says how many experts there are."""
-    return {"r": r} if config_cls is LinearMoeConfig else {"r": settings["r"]}
+    return {"r": settings["r"]} if config_cls is RankMoeConfig else {"r": r}
 
 
 def _check_requires_grad(self, model, *expected: str) -> None:

@@ -5,7 +5,7 @@ import pytest
 from moe_peft import FfnMoeConfig, LinearMoeConfig, RankMoeConfig, ShardPoolConfig
 
 from . import checkpoints
-from .factory import FFN_RULES, LARGE, PER_LAYER, RANK_RULES, RULES, SHARD_RULES, rebuild, upstream
+from .factory import FFN_RULES, JOINED, LARGE, PER_LAYER, RANK_RULES, RULES, SHARD_RULES, rebuild, upstream
 
 
 CAUSAL = {"task_type": "CAUSAL_LM", "target_modules": None, **LARGE}
@@ -19,17 +19,22 @@ CONFIGS = {
 # It skips every method but BEFT where the model has no biases, which BEFT alone needs.
 upstream("test_decoder_models").check_beft_config = lambda *args: None
 
+CASES = [
+    *(pytest.param(LinearMoeConfig, {**CAUSAL, **kwargs}, id=name) for name, kwargs in CONFIGS.items()),
+    *(pytest.param(FfnMoeConfig, {**CAUSAL, **kwargs}, id=name) for name, kwargs in FFN_RULES.items()),
+    *(pytest.param(ShardPoolConfig, {**CAUSAL, **SHARD_RULES[name]}, id=name) for name in ("own", "splits")),
+    *(pytest.param(RankMoeConfig, {**CAUSAL, **kwargs}, id=name) for name, kwargs in RANK_RULES.items()),
+]
+POOLS = pytest.param(ShardPoolConfig, {**CAUSAL, **JOINED}, id="pools")
+
 TestDecoderModels = rebuild(
     "test_decoder_models",
     "TestDecoderModels",
     {
         "model_id": [pytest.param(checkpoints.path(name), id=name) for name in checkpoints.DECODERS],
-        "config_cls,config_kwargs": [
-            *(pytest.param(LinearMoeConfig, {**CAUSAL, **kwargs}, id=name) for name, kwargs in CONFIGS.items()),
-            *(pytest.param(FfnMoeConfig, {**CAUSAL, **kwargs}, id=name) for name, kwargs in FFN_RULES.items()),
-            *(pytest.param(ShardPoolConfig, {**CAUSAL, **kwargs}, id=name) for name, kwargs in SHARD_RULES.items()),
-            *(pytest.param(RankMoeConfig, {**CAUSAL, **kwargs}, id=name) for name, kwargs in RANK_RULES.items()),
-        ],
+        # It counts the parameters that adapted layers register, and all layers' pools lie in the first.
+        "test_training_decoders_layer_indexing:config_cls,config_kwargs": CASES,
+        "config_cls,config_kwargs": [*CASES, POOLS],
     },
     pretend_lora=(
         "test_mixed_adapter_batches",

@@ -5,7 +5,7 @@ import pytest
 from moe_peft import LinearMoeConfig, RankMoeConfig, ShardPoolConfig
 
 from . import checkpoints
-from .factory import LARGE, RANK_RULES, RULES, SHARD_RULES, rebuild, upstream
+from .factory import JOINED, LARGE, RANK_RULES, RULES, SHARD_RULES, rebuild, upstream
 
 
 pytest.importorskip("bitsandbytes")
@@ -30,7 +30,10 @@ TestQuantization = rebuild(
         "quant": _loaders(),
         "config_cls,config_kwargs": [
             *(pytest.param(LinearMoeConfig, {**QV, **kwargs}, id=name) for name, kwargs in RULES.items()),
-            *(pytest.param(ShardPoolConfig, {**QV, **kwargs}, id=name) for name, kwargs in SHARD_RULES.items()),
+            *(
+                pytest.param(ShardPoolConfig, {**QV, **kwargs}, id=name)
+                for name, kwargs in {**SHARD_RULES, "pools": JOINED}.items()
+            ),
             *(pytest.param(RankMoeConfig, {**QV, **kwargs}, id=name) for name, kwargs in RANK_RULES.items()),
         ],
     },

@@ -5,7 +5,7 @@ import pytest
 from moe_peft import LinearMoeConfig, RankMoeConfig, ShardPoolConfig
 
 from . import checkpoints
-from .factory import LARGE, PER_LAYER, RANK_RULES, RULES, SHARD_RULES, rebuild
+from .factory import JOINED, LARGE, PER_LAYER, RANK_RULES, RULES, SHARD_RULES, rebuild
 
 
 CLASSIFY = {"task_type": "SEQ_CLS", "target_modules": None, **LARGE}
@@ -18,7 +18,10 @@ TestSequenceClassificationModels = rebuild(
         "model_id": [pytest.param(checkpoints.path(name), id=name) for name in checkpoints.CLASSIFIERS],
         "config_cls,config_kwargs": [
             *(pytest.param(LinearMoeConfig, {**CLASSIFY, **kwargs}, id=name) for name, kwargs in CONFIGS.items()),
-            *(pytest.param(ShardPoolConfig, {**CLASSIFY, **kwargs}, id=name) for name, kwargs in SHARD_RULES.items()),
+            *(
+                pytest.param(ShardPoolConfig, {**CLASSIFY, **kwargs}, id=name)
+                for name, kwargs in {**SHARD_RULES, "pools": JOINED}.items()
+            ),
             *(pytest.param(RankMoeConfig, {**CLASSIFY, **kwargs}, id=name) for name, kwargs in RANK_RULES.items()),
         ],
     },
