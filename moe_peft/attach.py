@@ -63,7 +63,8 @@ class RouterState:
     other ranks' counts. Nothing here is saved with the adapter, and nothing is read on the host until asked for.
 
     Attributes:
-        load: `[E]`, decaying counts of the slots that each expert got (window `LOAD_WINDOW` micro-batches), or None.
+        load: `[E]`, decaying counts of the slots that each expert got (over `window` updates), or None.
+        window: `LOAD_WINDOW`, times the layers that ask this router in each micro-batch.
         step_counts: `[E + 1]`, the same since the last optimizer step and not decaying, then the number of tokens; None
             before any. Kept where `collects` is set, for the selection bias.
         counts, probability: `[E]`, sums over the tokens seen since `reset`, or None before any.
@@ -72,6 +73,7 @@ class RouterState:
 
     def __init__(self) -> None:
         self.load: Tensor | None = None
+        self.window = LOAD_WINDOW
         self.collects = False
         self.step_counts: Tensor | None = None
         self.reset()
@@ -135,7 +137,7 @@ class RouterState:
         if _is_other(self.load, counts):
             self.load = counts
         else:
-            self.load = torch.add(counts, self.load, alpha=1 - 1 / LOAD_WINDOW)
+            self.load = torch.add(counts, self.load, alpha=1 - 1 / self.window)
         return self.load / self.load.sum().clamp(min=1)
 
 

@@ -103,7 +103,8 @@ class MoeConfig(PeftConfig):
             micro-batch by itself. "sequence": in each sequence. "bias": without a loss, by a bias on the choice that is
             moved after each optimizer step. "cv2": the experts' summed weights evened out, also where all are used. "mi":
             each task type (each sequence, without types) to experts of its own. "localized": LoRAMoE's constraint, which
-            needs `task_types` in the batch. "none". Defaults to "switch" where a rule selects and to "none" elsewhere.
+            needs `task_types` in the batch. "none". Defaults to "switch" where a rule selects and the router learns, and
+            to "none" elsewhere.
         router_aux_loss_coef (`float`, *optional*, defaults to 0.001):
             Weight of the balance loss. Under the "switch" kinds and "sequence" the loss is 1 when experts are used evenly.
             Higher evens them out more.

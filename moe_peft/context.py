@@ -112,6 +112,11 @@ def no_prompt() -> ValueError:
     )
 
 
+def no_single_prompt(allowed: str, remedy: str) -> ValueError:
+    """What to do where rows cannot be routed as whole sequences because of what the batch holds."""
+    return refuse("router_granularity", "sequence", f"'token' where {allowed}", remedy)
+
+
 def no_rows(balance: str) -> ValueError:
     """What to do where a balance loss is by row and the router cannot tell the rows apart."""
     return refuse(
@@ -120,6 +125,19 @@ def no_rows(balance: str) -> ValueError:
         "'switch', 'cv2' or 'bias' where a router does not see rows of tokens",
         "The input of the layer has lost its rows, as in some encoders and in padding-free batches.",
     )
+
+
+def check_types(types: Tensor, count: int | None = None) -> None:
+    """Refuse what is no task type. Negative ones would count from the end.
+
+    Values are looked at on the CPU alone: elsewhere the host would have to wait for them.
+    """
+    whole = not (types.is_floating_point() or types.is_complex() or types.dtype == torch.bool)
+    here = types.device.type == "cpu" and types.numel() and not torch.compiler.is_compiling()
+    if whole and not (here and (int(types.min()) < 0 or count is not None and int(types.max()) >= count)):
+        return
+    allowed = "whole numbers from 0" if count is None else f"whole numbers from 0 to {count - 1}, as `expert_groups` has"
+    raise refuse("task_types", types.flatten().tolist()[:8], allowed, "Number the types from 0.")
 
 
 class RoutingContext:
@@ -225,8 +243,9 @@ class RoutingContext:
     def _for_routers(self, module: nn.Module, given: dict[str, Any]) -> dict[str, Tensor]:
         """Arguments for the attention to hand over. As arguments they are replayed when a layer is recomputed."""
         extra: dict[str, Tensor] = {}
-        if self.wants_prompt and given.get("prompt_mask") is None:
-            prompt = self._prompt(module, given)
+        if self.wants_prompt and self._routes_sequences(module):
+            _check_one_sample_per_row(given)
+            prompt = self._prompt(module, given) if given.get("prompt_mask") is None else None
             if prompt is not None:
                 extra["prompt_mask"] = prompt
         if self.wants_embeddings:
@@ -237,9 +256,14 @@ class RoutingContext:
                 extra["routing_embeddings"] = embeddings.detach()
         return extra
 
+    def _routes_sequences(self, module: nn.Module) -> bool:
+        """Whether an adapter that looks at prompts is active, and not merely there or gone."""
+        layers = (m for m in module.modules() if getattr(m, "context", None) is self)
+        return any(layer.routes_sequences() for layer in layers)  # type: ignore[operator]
+
     def _prompt(self, module: nn.Module, given: dict[str, Any]) -> Tensor | None:
         if given.get("labels") is not None:
-            return given["labels"] == -100
+            return _leading_prompt(given["labels"], given.get("attention_mask"))
         if module.training and torch.is_grad_enabled():
             raise no_prompt()
         ids = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
@@ -311,27 +335,57 @@ class RoutingContext:
         return found
 
     def required_task_types(self) -> Tensor:
-        """The samples' task types, `[B]` or `[B, S]`.
+        """The samples' task types, `[B]`.
 
         Raises:
-            ValueError: if the model was not told.
+            ValueError: if the model was not told, or told those of tokens.
         """
         if self.task_types is None:
             raise no_task_types()
+        if self.task_types.dim() != 1:
+            allowed = "of the shape of one number per row with `balance` = 'localized', which looks at whole samples"
+            raise refuse("task_types", list(self.task_types.shape), allowed, "Give each row its type.")
         return self.task_types
 
-    def types_of_tokens(self, tokens: int) -> Tensor:
+    def types_of_tokens(self, tokens: int, count: int, rows: int = 0) -> Tensor:
         """The type of each token, `[tokens]`.
 
+        Args:
+            tokens: T.
+            count: how many types there are.
+            rows: of how many rows the tokens are, or 0 where it is not known.
+
         Raises:
-            ValueError: if the model was not told.
+            ValueError: if the model was not told, or of another number of rows, or of types that there are not.
         """
         types = self.task_types if self.task_types is not None else self.fixed_types
         if types is None:
             raise no_task_types("expert_groups", "given", "None")
-        if types.numel() != tokens:  # one for each row, and with beams for each of the row's beams
-            types = types.reshape(-1, 1).expand(-1, tokens // types.numel())
+        check_types(types, count)
+        rows = rows or self.rows or len(types)
+        if types.dim() == 1:  # one for each row, and with beams for each of the row's beams
+            if rows % len(types) or tokens % rows:
+                allowed = f"of the shape of {rows} numbers, one per row of the batch"
+                raise refuse("task_types", list(types.shape), allowed, "Give each row its type.")
+            types = types.repeat_interleave(tokens // len(types))
         return types.reshape(-1)
+
+    @contextmanager
+    def of_rows(self, rows: list[int], total: int) -> Iterator[None]:
+        """What is known of each row, for a layer that works on some rows of the batch alone (`adapter_names`)."""
+        names = ("real", "task_types", "fixed_types", "prompt", "embeddings", "rows")
+        before = {name: getattr(self, name) for name in names}
+        for name in names[:-1]:
+            value = before[name]
+            if value is not None and not total % len(value):
+                value = value.repeat_interleave(total // len(value), 0)  # types of beams
+                setattr(self, name, value[torch.tensor(rows, device=value.device)])
+        self.rows = len(rows)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(self, name, value)
 
     def _names(self, module: nn.Module) -> tuple[str, ...]:
         """What the module's forward calls its arguments."""
@@ -362,12 +416,46 @@ class RoutingContext:
         return args, kwargs
 
 
+def _leading_prompt(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """`[B, S]`, what stands before the first label. Not what is masked later on: an answer must not depend on what the
+    user says after it.
+
+    Raises:
+        ValueError: if a row has none, for its router would see nothing.
+    """
+    prompt = (labels == -100).long().cumprod(1).bool()
+    seen = prompt & attention_mask.bool() if _same_shape(attention_mask, prompt) else prompt
+    if not torch.compiler.is_compiling() and not bool(seen.any(1).all()):
+        remedy = "Mask the prompt in `labels` with -100 (TRL: `completion_only_loss=True`), or pass a bool `prompt_mask`."
+        raise no_single_prompt("a row has no prompt before its first label", remedy)
+    return prompt
+
+
+def _check_one_sample_per_row(given: dict[str, Any]) -> None:
+    """Refuse packed and padding-free rows, whose samples would be routed by the prompt of the first."""
+    positions, mask = given.get("position_ids"), given.get("attention_mask")
+    packed = given.get("cu_seq_lens_q") is not None
+    if isinstance(positions, Tensor) and positions.dim() == 2 and not torch.compiler.is_compiling():
+        starts = positions == 0
+        starts = starts & mask.bool() if _same_shape(mask, starts) else starts
+        packed |= bool((starts.sum(1) > 1).any())
+    if packed:
+        remedy = "Turn packing and padding-free batches off."
+        raise no_single_prompt("one row holds several samples, each with a prompt of its own", remedy)
+
+
+def _same_shape(mask: Any, like: Tensor) -> bool:
+    return isinstance(mask, Tensor) and mask.shape == like.shape
+
+
 def _cache_of(given: dict[str, Any]) -> Any:
     cache = given.get("past_key_values", given.get("past_key_value"))
     return cache if hasattr(cache, "get_seq_length") else None
 
 
-def _one_per_row(task_types: Tensor, states: Tensor | None) -> Tensor:
+def _one_per_row(task_types: Any, states: Tensor | None) -> Tensor:
+    task_types = torch.as_tensor(task_types)
+    check_types(task_types)
     if states is not None and task_types.shape == states.shape[:2]:
         return task_types
     if task_types.dim() != 1 or (states is not None and task_types.shape[0] != states.shape[0]):

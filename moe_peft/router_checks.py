@@ -61,7 +61,7 @@ def check_router(config: Any) -> None:
         raise refuse("sparsegen_lambda", sparsity, f"left out {rule}", "Remove it, or set `routing` to 'sparsegen'.")
     if sparsity is not None and not (is_number(sparsity) and sparsity < 1):
         raise refuse("sparsegen_lambda", sparsity, "a number below 1", "0.0 is sparsemax; -3.0 uses more experts.")
-    if config.router_act is not None and config.router_act not in ACTIVATIONS:
+    if config.router_act is not None and config.router_act not in tuple(ACTIVATIONS):
         allowed = "None or one of " + ", ".join(map(repr, ACTIVATIONS))
         raise refuse("router_act", config.router_act, allowed, nearest(str(config.router_act), ACTIVATIONS))
     if config.router_granularity not in ("token", "sequence"):
@@ -70,6 +70,9 @@ def check_router(config: Any) -> None:
     noise = config.router_jitter_noise
     if not is_number(noise) or not 0.0 <= noise < 1.0:
         raise refuse("router_jitter_noise", noise, "at least 0 and below 1", "0.01 is common, 0 turns it off.")
+    if config.scoring_func == "cosine" and config.router_init_std == 0:
+        remedy = "The cosine with a row of zeros has no direction to learn in."
+        raise refuse("router_init_std", config.router_init_std, "above 0 with `scoring_func` = 'cosine'", remedy)
     _check_null_experts(config)
     _check_without_router(config, rule)
 
@@ -94,9 +97,11 @@ def _check_without_router(config: Any, rule: str) -> None:
 
 
 def _check_null_experts(config: Any) -> None:
-    null = config.num_null_experts
+    null, constant = config.num_null_experts, getattr(config, "num_constant_experts", 0)
     if not is_count(null):
         raise refuse("num_null_experts", null, "a whole number of at least 0", "As many as experts is common.")
+    if not is_count(constant):
+        raise refuse("num_constant_experts", constant, "a whole number of at least 0", "MoE++ has 2.")
     if null == 0:
         return
     if config.routing not in ("softmax_top_k", "sigmoid_top_k", "top_k"):
@@ -232,6 +237,10 @@ def check_schedules(config: Any) -> None:
             raise refuse(
                 "top_k_start", config.top_k_start, allowed, "Use 'softmax_top_k', 'sigmoid_top_k' or 'top_k'."
             )
+        extra = config.num_null_experts + getattr(config, "num_constant_experts", 0)
+        most = max(parse(config.num_experts, "num_experts")) + extra
+        if config.top_k_start > most:
+            raise refuse("top_k_start", config.top_k_start, f"at most {most}", "No layer has more to choose from.")
     temperature = config.router_temperature_start
     if temperature is not None and not (is_number(temperature) and temperature > 0):
         raise refuse("router_temperature_start", temperature, "a positive number", "2.0 is EvoMoE's.")
@@ -239,8 +248,8 @@ def check_schedules(config: Any) -> None:
 
 def check_balance(config: Any) -> None:
     selects = config.routing in SELECTING
-    if config.balance is None:
-        config.balance = "switch" if selects else "none"
+    if config.balance is None:  # a router that is frozen learns nothing from a loss: only the layers below it would
+        config.balance = "switch" if selects and not config.freeze_router else "none"
     if config.balance not in BALANCES:
         allowed = "one of " + ", ".join(repr(name) for name in BALANCES)
         raise refuse("balance", config.balance, allowed, nearest(str(config.balance), BALANCES))
@@ -261,7 +270,7 @@ def check_balance(config: Any) -> None:
     if config.balance == "mi" and (config.routing == "sigmoid_top_k" or config.scoring_func == "sigmoid"):
         raise refuse("balance", "mi", f"'switch' or 'bias' {rule}", "Sigmoid scores are no distribution over experts.")
     coef = config.router_aux_loss_coef
-    if config.routing == "top_1_hard" and (config.balance in ("none", "cv2") or coef == 0):
+    if config.routing == "top_1_hard" and not config.freeze_router and (config.balance in ("none", "cv2") or coef == 0):
         field, value, allowed = ("balance", config.balance, "'switch'")
         if not coef:
             field, value, allowed = ("router_aux_loss_coef", coef, "above 0")
@@ -272,6 +281,9 @@ def check_balance(config: Any) -> None:
             "The weight is the constant 1 there, so without balancing the router would get no gradient at all. "
             "'top_1_straight_through' computes the same and is trained by the task.",
         )
+    if config.balance == "cv2" and config.num_null_experts:
+        remedy = "Null experts weigh nothing, so the weights in sum could never be even."
+        raise refuse("balance", "cv2", "'switch' or 'bias' with null experts", remedy)
     if config.balance == "localized":
         if config.routing in ("top_1_hard", "top_1_straight_through"):  # whose weight is always 1
             check_localized_is_dense(config)
@@ -360,14 +372,15 @@ def check_block(config: Any) -> None:
 def check_linear(config: Any) -> None:
     """The fields of `LinearMoeConfig` alone."""
     constant = config.num_constant_experts
-    if not is_count(constant):
-        raise refuse("num_constant_experts", constant, "a whole number of at least 0", "MoE++ has 2.")
     if constant and config.routing not in ("softmax_top_k", "sigmoid_top_k", "top_k", "softmax", "all"):
         allowed = f"0 with `routing` = {config.routing!r}"
         raise refuse("num_constant_experts", constant, allowed, "Use 'softmax_top_k' or another that weighs several.")
     if constant and min(parse(config.num_experts, "num_experts")) == 1:
         allowed = f"0 with `num_experts` = {config.num_experts!r}, which gives some layers only 1"
         raise refuse("num_constant_experts", constant, allowed, "Raise `num_experts` to at least 2.")
+    if constant and config.balance == "localized":
+        remedy = "The constraint splits the choices into two halves, and these belong to neither."
+        raise refuse("num_constant_experts", constant, "0 with `balance` = 'localized'", remedy)
     scopes = ("linear", "group", "block", "model")
     if config.router_scope not in scopes:
         allowed = "one of " + ", ".join(map(repr, scopes))
@@ -375,6 +388,10 @@ def check_linear(config: Any) -> None:
     if config.router_scope != "linear" and config.routing in ("random", "given"):
         allowed = f"'linear' with `routing` = {config.routing!r}, which has no router to share"
         raise refuse("router_scope", config.router_scope, allowed, "Remove `router_scope`.")
+    if config.router_scope == "model" and config.router_jitter_noise:
+        allowed = "0 with `router_scope` = 'model', where each layer asks the router anew"
+        remedy = "Other noise in each layer would make one decision into many: remove it."
+        raise refuse("router_jitter_noise", config.router_jitter_noise, allowed, remedy)
     if config.share_A and config.num_shared_experts:
         allowed = "0 with `share_A` = True, where every token uses the one A already"
         raise refuse("num_shared_experts", config.num_shared_experts, allowed, "Remove one of the two.")

@@ -79,8 +79,7 @@ class FastForward:
         out = block.layers[block.names.out]
         leaves: list[FfnExperts] = [layer.experts(adapter_name) for layer in ins]
         last: FfnExperts = out.experts(adapter_name)
-        hidden, logits = self.products(x, leaves)
-        seen = x.reshape(-1, x.shape[-1]) if leaves[0].cosine else None
+        hidden, logits, seen = self.products(x, leaves)
         routing = leaves[0].routed(logits, ins[0].context, seen, x.shape[0] if x.dim() == 3 else None)
         base = [
             leaf.added(layer.below(x), rows, leaf.num_routed).reshape(-1, layer.out_features)
@@ -107,8 +106,9 @@ class FastForward:
         y = out.weighted_bias(out.below(mixed), routing, last.normalised)
         return last.back(mixed, y, z)
 
-    def products(self, x: Tensor, leaves: list[FfnExperts]) -> tuple[list[Tensor], Tensor]:
-        """Every linear's `A x` in rank space and the router's logits, from one product where they see the same x."""
+    def products(self, x: Tensor, leaves: list[FfnExperts]) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Every linear's `A x` in rank space and the router's logits, from one product where they see the same x; and
+        what the router saw, `[T, d]`."""
         first = leaves[0]
         assert first.router is not None
         dtype = compute_dtype(x, first.lora_A)
@@ -117,10 +117,10 @@ class FastForward:
         dropping = first.training and (first.dropout or first.jitter)
         if not dropping:
             *hidden, logits = stacked_products(x, (*factors, router))
-            return hidden, logits.T
+            return hidden, logits.T, x.reshape(-1, x.shape[-1])
         hidden = list(stacked_products(first.dropped(x), tuple(factors)))
         tokens = jittered(x.reshape(-1, x.shape[-1]), first.jitter, first.training)
-        return hidden, nn.functional.linear(tokens.to(dtype), router)
+        return hidden, nn.functional.linear(tokens.to(dtype), router), tokens
 
 
 def _hooked(layer: nn.Module) -> bool:

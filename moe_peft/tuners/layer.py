@@ -64,6 +64,11 @@ class MoeTunerLayer(nn.Module, BaseTunerLayer):
     def holds(self, adapter_name: str) -> bool:
         """Whether this layer has weights of the adapter."""
 
+    def routes_sequences(self) -> bool:
+        """Whether an active adapter's router looks at prompts here."""
+        active = [] if self.disable_adapters else self.active_adapters
+        return any(getattr(self.experts(name), "by_sequence", False) for name in active if self.holds(name))
+
     def experts(self, adapter_name: str) -> Any:
         """The module that holds the adapter's `lora_A [n, r, d_in]` and `lora_B [n, r, d_out]` here."""
         return getattr(self, self.adapter_layer_names[0])[adapter_name]
@@ -123,7 +128,8 @@ class MoeTunerLayer(nn.Module, BaseTunerLayer):
         for name in sorted(set(adapter_names)):
             if name != "__base__" and self.holds(name):
                 rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
-                parts[rows] = self.add_experts_output(x[rows], y[rows], name)
+                with self.context.of_rows(rows, len(x)):
+                    parts[rows] = self.add_experts_output(x[rows], y[rows], name)
         return parts
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_peft.attach import RoutingContext
+from moe_peft.balance import LOAD_WINDOW
 from moe_peft.config import LinearMoeConfig, MoeConfig
 from moe_peft.errors import refuse
 from moe_peft.experts import experts_decoded, experts_out, stacked_in
@@ -203,6 +204,13 @@ class LinearMoeLinear(MoeTunerLayer):
         scope = config.router_scope
         if scope == "linear" or num_experts == 1 and config.num_null_experts + config.num_constant_experts == 0:
             return True, 0
+        if scope == "model" and not self.context.embedding_width:
+            raise refuse(
+                "router_scope",
+                scope,
+                "another scope where the model has no `get_input_embeddings` with an `embedding_dim`",
+                "Use 'block', which needs nothing of the model.",
+            )
         unit = self.context.units.setdefault((scope, unit_key(scope, *self.place)), RouterUnit(scope))
         self.units[adapter_name] = unit
         if unit.join(adapter_name, self):
@@ -217,7 +225,9 @@ class LinearMoeLinear(MoeTunerLayer):
                 f"'linear' or 'block' where `num_experts` = {config.num_experts!r} differs between the layers of one {scope}",
                 "One decision can only choose among equally many experts: give them the same number.",
             )
-        first.experts(adapter_name).share = 1 / unit.members[adapter_name] if scope == "model" else 1.0
+        if scope == "model":
+            router = first.experts(adapter_name)
+            router.share, router.state.window = 1 / unit.members[adapter_name], LOAD_WINDOW * unit.members[adapter_name]
         return False, 0
 
     def holds(self, adapter_name: str) -> bool:

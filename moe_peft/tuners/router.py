@@ -196,7 +196,7 @@ class Router(nn.Module):
         if self.by_sequence:
             logits = self._of_sequence(logits, context, rows)
         if self.expert_groups is not None:
-            logits = only_allowed(logits, self.expert_groups, context.types_of_tokens(logits.shape[0]))
+            logits = only_allowed(logits, self.expert_groups, self._types(logits.shape[0], context, rows))
         rule, top_k = self.current_rule(), self.slots(context)
         logits = self.observed(logits, rule, context, rows, top_k)
         routing = rule(logits, top_k)
@@ -227,12 +227,16 @@ class Router(nn.Module):
             context.pin(id(self), pinned)
         return pinned.unsqueeze(1).expand_as(tokens).reshape(logits.shape)
 
+    def _types(self, tokens: int, context: RoutingContext, rows: int) -> Tensor:
+        assert self.expert_groups is not None
+        return context.types_of_tokens(tokens, len(self.expert_groups), rows)
+
     def routed_without_logits(self, tokens: int, like: Tensor, context: RoutingContext) -> Routing:
         """Under "random" and "given": no router has to be asked. `like` has the dtype and device of the weights."""
         like = like.new_empty((), dtype=routing_dtype(like.dtype))
         if self.routing == "given":
             assert self.expert_groups is not None
-            return given(self.expert_groups, context.types_of_tokens(tokens).to(like.device), like.dtype)
+            return given(self.expert_groups, self._types(tokens, context, 0).to(like.device), like.dtype)
         return at_random(tokens, self.num_experts, like) if self.training else evenly(tokens, self.num_experts, like)
 
     def observed(
@@ -243,6 +247,8 @@ class Router(nn.Module):
         if self.training and torch.is_grad_enabled():
             if not (self.coef or context.watching or self.balances_bias):
                 return logits
+            if not logits.requires_grad:  # a frozen router on an input without gradient is counted in backward all the same
+                logits = logits + 0 * self.lora_A.flatten()[0].to(logits.dtype)
             real = context.real_tokens(logits.shape[0])
             task_types = context.required_task_types() if self.needs_task_types else context.task_types
             settings = rule, top_k, self.coef * self.share, self.gradient

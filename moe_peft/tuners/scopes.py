@@ -82,7 +82,8 @@ class RouterUnit:
         if routing is None or routing.top_k_weights.shape[0] != tokens:
             raise RuntimeError(
                 f"A layer with `router_scope` = {self.scope!r} ran before the first of its {self.scope}, which has the "
-                "router. Call the block as a whole, or set `router_scope` to 'linear'."
+                "router. Call the block as a whole. Where the model itself calls its layers in another order than it defines "
+                "them, as OPT and BART do, set `router_scope` to 'linear'."
             )
         if left > 1:
             self.pending[adapter_name] = routing, left - 1
