@@ -16,6 +16,11 @@ RANKS, TOP_K = 64, 8
 LORA_64 = "PEFT LoRA r=64"
 SMORA, BIASED, MORAM = "ours top-8 of 64 ranks", "ours top-8 of 64 ranks, bias", "ours 64 ranks by themselves"
 RANK_LIMIT = 1.25
+RANK_ARITHMETIC = [
+    "Rows of ranks: ratios are to LoRA of all 64 ranks, of which ours uses 8 for a token. Training at width d takes",
+    "2dd + 3·128d multiply-adds per token for LoRA, 3·64d more with a router. With the bias, what was chosen is counted in",
+    "backward, where it is chosen once more.",
+]
 
 
 def rank_contenders(case: RankCase) -> dict[str, Step]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from speed_contenders import BALANCED, BASE, DENSE, LORA, OURS
 from speed_ffn import FFN_ARITHMETIC, ffn_arithmetic_ratios, ffn_roofline_seconds, ffn_verdicts, same_function
-from speed_ranks import rank_arithmetic_ratios, rank_verdicts
+from speed_ranks import RANK_ARITHMETIC, rank_arithmetic_ratios, rank_verdicts
 from speed_shared import DTYPES, EXPERTS, RANK, TOP_K, Case, FfnCase, ModelCase, RankCase, seconds
 
 
@@ -171,6 +171,8 @@ def write_markdown(result: dict) -> str:
     ]
     if "ffn" in result["runs"]:
         lines += [*FFN_ARITHMETIC, ""]
+    if "rank" in result["runs"]:
+        lines += [*RANK_ARITHMETIC, ""]
     lines += _verdicts(result)
     for row in result["cases"]:
         lines += ["", *_table(row)]
