@@ -37,13 +37,14 @@ import torch  # noqa: E402
 from speed_contenders import LORA, layer_contenders, model_contenders  # noqa: E402
 from speed_ffn import CHECK, ffn_contenders, our_outcome  # noqa: E402
 from speed_peers import MIXLORA_PACKAGE, MOE_PEFT, Rival  # noqa: E402
+from speed_ranks import LORA_64, rank_contenders  # noqa: E402
 from speed_report import arithmetic_ratios, describe_machine, roofline_seconds, summarise, write_markdown  # noqa: E402
-from speed_shared import Case, FfnCase, ModelCase, repeats_of, seconds  # noqa: E402
+from speed_shared import Case, FfnCase, ModelCase, RankCase, repeats_of, seconds  # noqa: E402
 
 
-AnyCase = Case | FfnCase | ModelCase
+AnyCase = Case | FfnCase | ModelCase | RankCase
 HERE = Path(__file__).resolve().parent
-ROWS = {"layer": Case, "ffn": FfnCase, "model": ModelCase}
+ROWS = {"layer": Case, "ffn": FfnCase, "model": ModelCase, "rank": RankCase}
 
 QUICK = [
     Case("train", 1024, 1024, 4, 512, "bf16"),
@@ -51,6 +52,7 @@ QUICK = [
     Case("decode", 1024, 1024, 1, 1, "fp32"),
     FfnCase(1024, 2816, 1, 512, "bf16"),
     ModelCase("bf16", layers=2),
+    RankCase("train", 1024, 4, 512, "bf16"),
 ]
 FULL = [
     Case("train", 4096, 4096, 2, 512, "bf16"),
@@ -71,6 +73,8 @@ FULL = [
     FfnCase(1024, 2816, 4, 512, "fp32"),
     ModelCase("bf16"),
     ModelCase("fp32"),
+    *(RankCase("train", width, 8192 // width, 256, dtype) for width in (4096, 1024) for dtype in ("bf16", "fp32")),
+    *(RankCase("decode", width, 1, 1, "bf16") for width in (4096, 1024)),
 ]
 ON_GPU = [
     Case(kind, d_in, d_out, rows, length, "bf16", nf4, "cuda")
@@ -85,11 +89,15 @@ ON_GPU += [
     for rows, length in ((1, 512), (2, 2048))
 ]
 ON_GPU += [ModelCase("bf16", device="cuda")]
+ON_GPU += [
+    RankCase(kind, 4096, rows, length, "bf16", "cuda")
+    for kind, rows, length in (("train", 2, 2048), ("decode", 1, 1), ("decode", 8, 1))
+]
 
 
 def measure(case: AnyCase, rivals: Sequence[Rival], rounds: int) -> dict[str, list[float]]:
     """Seconds of every contender in every round; the contenders take turns."""
-    makers = {Case: layer_contenders, FfnCase: ffn_contenders, ModelCase: model_contenders}
+    makers = {Case: layer_contenders, FfnCase: ffn_contenders, ModelCase: model_contenders, RankCase: rank_contenders}
     steps = makers[type(case)](case)
     repeats = repeats_of(case)
     contenders: dict[str, Callable[[], float | None]] = {
@@ -98,7 +106,7 @@ def measure(case: AnyCase, rivals: Sequence[Rival], rounds: int) -> dict[str, li
     for step in steps.values():
         for _ in range(2 if case.device == "cpu" else 5):
             step()
-    for rival in rivals:
+    for rival in [] if isinstance(case, RankCase) else rivals:  # none of them routes ranks
         contenders |= rival.contenders(case)
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
@@ -153,7 +161,7 @@ def run_cases(
         row = {"rows": kind, "case": dataclasses.asdict(case), "name": str(case), "rounds": rounds, "seconds": taken}
         row["arithmetic"] = arithmetic_ratios(case)
         floors = roofline_seconds(case, machine["ceilings"][case.device])
-        results.append(row | {"summary": summarise(taken, LORA, floors)})
+        results.append(row | {"summary": summarise(taken, LORA_64 if kind == "rank" else LORA, floors)})
         print(case, {name: round(s["ratio"], 3) for name, s in results[-1]["summary"].items()}, flush=True)
     return results
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from speed_contenders import BALANCED, BASE, DENSE, LORA, OURS
 from speed_ffn import FFN_ARITHMETIC, ffn_arithmetic_ratios, ffn_roofline_seconds, ffn_verdicts, same_function
-from speed_shared import DTYPES, EXPERTS, RANK, TOP_K, Case, FfnCase, ModelCase, seconds
+from speed_ranks import RANK_ARITHMETIC, rank_arithmetic_ratios, rank_verdicts
+from speed_shared import DTYPES, EXPERTS, RANK, TOP_K, Case, FfnCase, ModelCase, RankCase, seconds
 
 
 TARGETS = [
@@ -80,14 +81,14 @@ def _fastest(step, device: str) -> float:
     return min(seconds(step, device) for _ in range(5))
 
 
-def roofline_seconds(case: Case | FfnCase | ModelCase, ceiling: dict[str, float]) -> dict[str, float]:
+def roofline_seconds(case: Case | FfnCase | ModelCase | RankCase, ceiling: dict[str, float]) -> dict[str, float]:
     """The least time that a step can take on this machine, by contender: its arithmetic or its traffic at full speed.
 
     Counted as if everything were fused: per pass, x and W are read and y is written once; in training dy and W are read,
     dx is written, and x is read again for the factors' gradients. The factors are read once a pass and their gradients
     written once. Decoding reads what the method can do with: a routed layer the chosen experts only.
     """
-    if isinstance(case, ModelCase):
+    if isinstance(case, (ModelCase, RankCase)):
         return {}
     if isinstance(case, FfnCase):
         return ffn_roofline_seconds(case, ceiling)
@@ -108,7 +109,7 @@ def roofline_seconds(case: Case | FfnCase | ModelCase, ceiling: dict[str, float]
     return floors
 
 
-def arithmetic_ratios(case: Case | FfnCase | ModelCase) -> dict[str, float]:
+def arithmetic_ratios(case: Case | FfnCase | ModelCase | RankCase) -> dict[str, float]:
     """What the products of each method alone make of its time over LoRA's, where only arithmetic counts.
 
     Per token a frozen linear layer takes `d * o` multiply-adds a pass, and factors of n ranks, of which A holds m rows
@@ -119,6 +120,8 @@ def arithmetic_ratios(case: Case | FfnCase | ModelCase) -> dict[str, float]:
     """
     if isinstance(case, FfnCase):
         return ffn_arithmetic_ratios(case)
+    if isinstance(case, RankCase):
+        return rank_arithmetic_ratios(case)
     frozen, factors, other = _work_of_a_layer(case) if isinstance(case, Case) else _work_of_a_model(case)
     every = EXPERTS * RANK
     ranks = {LORA: (TOP_K * RANK, 0), **dict.fromkeys((OURS, BALANCED, DENSE), (every, EXPERTS))}
@@ -168,6 +171,8 @@ def write_markdown(result: dict) -> str:
     ]
     if "ffn" in result["runs"]:
         lines += [*FFN_ARITHMETIC, ""]
+    if "rank" in result["runs"]:
+        lines += [*RANK_ARITHMETIC, ""]
     lines += _verdicts(result)
     for row in result["cases"]:
         lines += ["", *_table(row)]
@@ -223,7 +228,7 @@ def _verdicts(result: dict) -> list[str]:
                 faster = row["summary"][other]["ratio"] / row["summary"][mine]["ratio"]
                 verdict = "met" if faster >= 2 else "**missed**"
                 lines.append(f"| {mine} over {other}, {row['name']} | ≥ 2.00 × | {faster:.2f} × | | {verdict} |")
-    return lines + ffn_verdicts(result["cases"])
+    return lines + ffn_verdicts(result["cases"]) + rank_verdicts(result["cases"])
 
 
 def _table(row: dict) -> list[str]:

@@ -81,6 +81,34 @@ class FfnCase:
 
 
 @dataclass(frozen=True)
+class RankCase:
+    """One square linear layer whose LoRA has 64 ranks, and one batch for it; `kind` as in [`Case`]."""
+
+    kind: str
+    width: int
+    rows: int
+    length: int
+    dtype: str
+    device: str = "cpu"
+    nf4: ClassVar[bool] = False
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+    @property
+    def d_in(self) -> int:
+        return self.width
+
+    @property
+    def d_out(self) -> int:
+        return self.width
+
+    def __str__(self) -> str:
+        return f"ranks {self.kind} {self.dtype} {self.width}→{self.width} T={self.tokens}"
+
+
+@dataclass(frozen=True)
 class ModelCase:
     """A tiny Llama and a batch for it."""
 
@@ -101,13 +129,13 @@ class ModelCase:
         return f"model {self.dtype} {self.layers} layers d={self.width} T={self.tokens}"
 
 
-def case_of(settings: dict[str, Any]) -> Case | FfnCase | ModelCase:
+def case_of(settings: dict[str, Any]) -> Case | FfnCase | ModelCase | RankCase:
     """The case whose fields these are, as they came from another process."""
-    kinds = (Case, FfnCase, ModelCase)
+    kinds = (Case, FfnCase, ModelCase, RankCase)
     return next(kind for kind in kinds if settings.keys() == {field.name for field in fields(kind)})(**settings)
 
 
-def make_base(case: Case, seed: int = 0) -> nn.Module:
+def make_base(case: Case | RankCase, seed: int = 0) -> nn.Module:
     """The frozen layer, the same in every process."""
     torch.manual_seed(seed)
     dtype = DTYPES[case.dtype]
@@ -164,7 +192,7 @@ def outcome(case: FfnCase, block: Callable[[Tensor], Tensor], gradients: Callabl
     return {"y": y.detach(), "x": x.grad, **gradients()}
 
 
-def make_inputs(case: Case | FfnCase) -> tuple[Tensor, Tensor]:
+def make_inputs(case: Case | FfnCase | RankCase) -> tuple[Tensor, Tensor]:
     """x and a cotangent of y."""
     torch.manual_seed(1)
     options = {"dtype": DTYPES[case.dtype], "device": case.device}
@@ -172,7 +200,9 @@ def make_inputs(case: Case | FfnCase) -> tuple[Tensor, Tensor]:
     return x, 0.1 * torch.randn(case.rows, case.length, case.d_out, **options)
 
 
-def layer_step(case: Case | FfnCase, layer: Callable[[Tensor], Tensor], parameters: list[nn.Parameter]) -> Step:
+def layer_step(
+    case: Case | FfnCase | RankCase, layer: Callable[[Tensor], Tensor], parameters: list[nn.Parameter]
+) -> Step:
     """One training step of the layer or block (no optimiser), or one decoding step."""
     x, cotangent = make_inputs(case)
 
@@ -237,7 +267,7 @@ def seconds(step: Step, device: str, repeats: int = 1) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def repeats_of(case: Case | FfnCase | ModelCase) -> int:
+def repeats_of(case: Case | FfnCase | ModelCase | RankCase) -> int:
     """Steps within one measurement: short ones are repeated, as the clock itself costs microseconds."""
     if isinstance(case, ModelCase):
         return 1

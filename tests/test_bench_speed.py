@@ -117,7 +117,12 @@ def test_the_committed_report_is_that_of_the_committed_measurements(bench):
 
 def test_a_case_comes_back_from_another_process(bench):
     shared = importlib.import_module("speed_shared")
-    for case in (bench.Case("train", 4, 4, 1, 1, "fp32"), bench.FfnCase(4, 8, 1, 1, "bf16"), bench.ModelCase("fp32")):
+    for case in (
+        bench.Case("train", 4, 4, 1, 1, "fp32"),
+        bench.FfnCase(4, 8, 1, 1, "bf16"),
+        bench.ModelCase("fp32"),
+        bench.RankCase("train", 8, 1, 1, "bf16"),
+    ):
         assert shared.case_of(json.loads(json.dumps(dataclasses.asdict(case)))) == case
 
 
@@ -170,6 +175,33 @@ def test_the_arithmetic_of_the_block_is_that_of_its_products(bench):
         with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
             step()
         assert counter.get_total_flops() == pytest.approx(2 * case.tokens * work[name])
+
+
+@pytest.mark.parametrize("kind", ["train", "decode"])
+def test_the_rows_of_ranks_count_what_torch_counts_and_run(bench, kind):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    ranks = importlib.import_module("speed_ranks")
+    case, counted = bench.RankCase(kind, 128, 2, 40, "fp32"), {}
+    for name, step in ranks.rank_contenders(case).items():
+        with FlopCounterMode(display=False) as counter:
+            step()
+        counted[name] = counter.get_total_flops()
+    for name, expected in bench.arithmetic_ratios(case).items():
+        assert counted[name] / counted[ranks.LORA_64] == pytest.approx(expected)
+    taken = bench.measure(case, [], rounds=1)
+    assert list(taken) == list(counted)
+
+
+def test_the_target_of_ranks_is_judged(bench):
+    ranks = importlib.import_module("speed_ranks")
+    name = "ranks train bf16 1024→1024 T=2048"
+    row = a_row(
+        name, {ranks.LORA_64: 1.0, ranks.SMORA: 1.2, ranks.MORAM: 1.3}, {ranks.SMORA: 1.08, ranks.MORAM: 1.0}, "rank"
+    )
+    text = bench.write_markdown({"runs": {"rank": a_run()}, "cases": [row]})
+    assert f"| {ranks.SMORA}, {name} | ≤ 1.25 | 1.200 | 1.08 | met |" in text
+    assert f"| {ranks.MORAM}, {name} | ≤ 1.25 | 1.300 | 1.00 | **missed** |" in text
 
 
 def test_the_arithmetic_is_that_of_the_products(bench):

@@ -283,9 +283,13 @@ def test_a_single_rank_under_a_threshold_is_routed():
         model.merge_and_unload()
 
 
-@pytest.mark.parametrize("settings", [{}, {"rank_partition": 2}, {"routing": SELF, "threshold": 0.2}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"balance": "none", "rank_partition": 2}, {"balance": "switch"}, {"routing": SELF, "threshold": 0.2}],
+    ids=str,
+)
 def test_a_compiled_layer_computes_the_same(settings):
-    module = experts(training=True, **{"balance": "none", **settings})
+    module = experts(training=True, **settings)
     x, y = inputs()
     context = RoutingContext()
     expected = outcome(module, lambda x, y: module(x, y, context), x, y)

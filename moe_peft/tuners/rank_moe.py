@@ -45,6 +45,7 @@ class RankExperts(Router):
         self.self_activated, self.dropout = config.routing == SELF, config.lora_dropout
         self.temperature, self.bias_in_gates = config.temperature, config.bias_in_gates
         self.lowest = None if config.threshold is None else config.threshold / (config.temperature or 1.0)
+        self.num_frozen = num_frozen
         self.frozen_A = self._frozen(torch.zeros(num_frozen, 1, d_in)) if num_frozen else None
         self.frozen_B = self._frozen(torch.zeros(num_frozen, 1, d_out)) if num_frozen else None
         self._set_up(config, d_in, d_out, r)
@@ -66,10 +67,6 @@ class RankExperts(Router):
     @staticmethod
     def _frozen(weight: Tensor) -> nn.Parameter:
         return nn.Parameter(weight, requires_grad=False)
-
-    @property
-    def num_frozen(self) -> int:
-        return 0 if self.frozen_A is None else self.frozen_A.shape[0]
 
     @property
     def static(self) -> bool:
@@ -199,6 +196,7 @@ class RankExperts(Router):
         A, B = self.lora_A, self.lora_B
         self.frozen_A = self._frozen(self._all(self.frozen_A, A, A.dtype).clone())
         self.frozen_B = self._frozen(self._all(self.frozen_B, B * self.scaling, B.dtype).clone())
+        self.num_frozen = len(self.frozen_A)
         self.lora_A, self.lora_B = (nn.Parameter(w.new_empty(0, *w.shape[1:])) for w in (A, B))
 
     def grow(self, config: RankMoeConfig, r: int) -> None:
