@@ -186,6 +186,22 @@ def test_training_with_pools_reaches_the_shards_that_some_layer_uses_and_no_othe
             assert {i for i, here in enumerate(gradient.tolist()) if here} == used
 
 
+@over_forms
+def test_an_adapter_of_the_same_config_with_copied_parameters_is_the_same(tokens, tmp_path, form):
+    """What TRL does for its reference: it copies parameters, not buffers."""
+    adapt(make_tiny_llama(), **form).save_pretrained(tmp_path)
+    config = ShardPoolConfig.from_pretrained(tmp_path)
+    config.index_seed = 5  # so that the choice is the file's alone
+    model = PeftModel.from_pretrained(make_tiny_llama(), tmp_path, config=config, is_trainable=True).eval()
+    before = logits(model, tokens)
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, p in list(model.named_parameters()):
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(p.data)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model, tokens), before)
+
+
 # --- what is sampled ---
 
 
