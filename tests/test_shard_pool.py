@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import accelerate
 import pytest
 import torch
 from conftest import make_tiny_llama
@@ -183,6 +184,22 @@ def test_training_with_pools_reaches_the_shards_that_some_layer_uses_and_no_othe
             gradient = getattr(layers[0].experts("default"), f"lora_{factor}").grad.abs().sum(1) > 0
             used = {int(i) for lay in layers for i in getattr(lay.shard_pool_index["default"], f"index_{factor}")}
             assert {i for i, here in enumerate(gradient.tolist()) if here} == used
+
+
+@over_forms
+def test_an_adapter_of_the_same_config_with_copied_parameters_is_the_same(tokens, tmp_path, form):
+    """What TRL does for its reference: it copies parameters, not buffers."""
+    adapt(make_tiny_llama(), **form).save_pretrained(tmp_path)
+    config = ShardPoolConfig.from_pretrained(tmp_path)
+    config.index_seed = 5  # so that the choice is the file's alone
+    model = PeftModel.from_pretrained(make_tiny_llama(), tmp_path, config=config, is_trainable=True).eval()
+    before = logits(model, tokens)
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, p in list(model.named_parameters()):
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(p.data)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model, tokens), before)
 
 
 # --- what is sampled ---
@@ -395,6 +412,55 @@ def test_what_a_plain_lora_cannot_be_is_refused():
         to_lora(adapt(make_tiny_llama(), modules_to_save=["lm_head"]))
     with pytest.raises(ValueError, match="No layer of this model holds a routed adapter named 'other'"):
         to_lora(adapt(make_tiny_llama()), "other")
+
+
+# --- precisions, compiling, putting away ---
+
+
+@over_forms
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_bases_and_autocast_keep_the_output_close(tokens, form, dtype):
+    exact = logits(adapt(make_tiny_llama(), **form), tokens)
+    half = adapt(make_tiny_llama(dtype=dtype), **form)
+    close = 0.05 * exact.abs().max().item()
+    assert logits(half, tokens).dtype == dtype
+    torch.testing.assert_close(logits(half, tokens).float(), exact, rtol=0, atol=close)
+    cast = adapt(make_tiny_llama(), **form).train()
+    cast.eval() if "num_splits" in form else None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = cast(input_ids=tokens, labels=tokens)
+    torch.testing.assert_close(output.logits.float(), exact, rtol=0, atol=close)
+    output.loss.backward()
+    assert all(p.grad.dtype == torch.float32 for p in cast.parameters() if p.requires_grad)
+
+
+@over_forms
+@pytest.mark.parametrize("training", [False, True])
+def test_it_compiles_into_one_graph(form, training):
+    torch._dynamo.reset()
+    linears = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).double()
+    model = adapt(linears, target_modules=["0", "1"], **form).train(training)
+    x = torch.randn(5, 8, dtype=torch.float64)
+    compiled = torch.compile(model.base_model.model, backend="aot_eager", fullgraph=True)
+    outputs, gradients = [], []
+    for run in (model, compiled):
+        torch.manual_seed(4)
+        outputs.append(run(x))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        gradients.append(torch.autograd.grad(outputs[-1].sum(), trained))
+    torch.testing.assert_close(outputs[1], outputs[0], **EXACT)
+    for got, want in zip(*gradients[::-1], strict=True):
+        torch.testing.assert_close(got, want, **EXACT)
+
+
+@over_forms
+def test_weights_that_accelerate_puts_away_come_back_for_every_layer(tokens, form):
+    model = adapt(make_tiny_llama(), **form)
+    before = logits(model, tokens)
+    offloaded = accelerate.cpu_offload(model, execution_device="cpu")
+    first = next(iter(layers_of(model).values()))
+    assert first.experts("default").lora_A.device.type == "meta"
+    assert torch.equal(logits(offloaded, tokens), before)
 
 
 # --- budgets ---

@@ -130,7 +130,10 @@ class SplitLora(nn.Module):
         _start_B(self.lora_B, config)
         split = config.split_factors if self.num_splits > 1 else ""
         if split in ("A", "both"):
-            self.register_buffer("start_A", self.lora_A.detach().clone())
+            start = torch.empty(config.r, d_in, device="cpu")
+            bound = 1 / math.sqrt(d_in)
+            # From the seed, as all that is drawn and not trained.
+            self.register_buffer("start_A", start.uniform_(-bound, bound, generator=generator))
             self.register_buffer("splits_A", draw_splits(config.r, d_in, self.num_splits, generator))
             nn.init.zeros_(self.lora_A) if config.init_weights else nn.init.normal_(self.lora_A, std=0.02)
         if split in ("B", "both"):
@@ -258,6 +261,7 @@ class ShardPoolModel(MoeTuner):
             give(adapter_name, config, layers, generator, memory)
             for layer in layers:
                 layer._move_adapter_to_device_of_base_layer(adapter_name)
+                self._take_choice_of_twin(layer, adapter_name)
                 layer.train(
                     layer.get_base_layer().training
                 )  # new modules train, and in an evaluated model would sample
@@ -265,6 +269,21 @@ class ShardPoolModel(MoeTuner):
                 for container in (layer.shard_pool_weights, layer.shard_pool_index):
                     if adapter_name in container:
                         container[adapter_name].requires_grad_(trained)
+
+    def _take_choice_of_twin(self, layer: ShardPoolLinear, adapter_name: str) -> None:
+        """Choose as an adapter of an equal config has: by its seed, or by the file that it was loaded from.
+
+        TRL makes its reference model so: a second adapter of the same config, whose parameters it then copies, but not
+        the buffers.
+        """
+        config = self.peft_config[adapter_name]
+        names = [
+            n for n, other in self.peft_config.items() if n != adapter_name and other == config and layer.holds(n)
+        ]
+        for container in (layer.shard_pool_weights, layer.shard_pool_index):
+            if names and adapter_name in container:
+                for key, buffer in container[adapter_name].named_buffers():
+                    buffer.copy_(container[names[0]].get_buffer(key))
 
 
 def _scaling(config: ShardPoolConfig) -> float:
