@@ -12,13 +12,17 @@ refuse_rival()
 for name in ("linear_moe", "ffn_moe"):
     registration.reserve(name)
 
-from moe_peft.callbacks import MoeCallback, install  # noqa: E402  (the enum members must exist first)
+from moe_peft.adding import add_experts, freeze_experts  # noqa: E402  (the enum members must exist first)
+from moe_peft.callbacks import MoeCallback, install  # noqa: E402
 from moe_peft.catalogue import from_catalogue  # noqa: E402
 from moe_peft.collator import TaskTypeCollator  # noqa: E402
 from moe_peft.config import FfnMoeConfig, LinearMoeConfig  # noqa: E402
+from moe_peft.ewa import EwaCallback  # noqa: E402
+from moe_peft.pruning import expert_scores, prune_experts  # noqa: E402
 from moe_peft.tuners import base  # noqa: E402
 from moe_peft.tuners.ffn_moe import FfnMoeModel  # noqa: E402
 from moe_peft.tuners.linear_moe import LinearMoeModel  # noqa: E402
+from moe_peft.upcycling import init_experts_from_lora  # noqa: E402
 
 
 registration.register("linear_moe", LinearMoeConfig, LinearMoeModel)
@@ -27,11 +31,17 @@ if install not in base.after_injection:
     base.after_injection.append(install)
 
 __all__ = [
+    "EwaCallback",
     "FfnMoeConfig",
     "FfnMoeModel",
     "LinearMoeConfig",
     "LinearMoeModel",
     "MoeCallback",
     "TaskTypeCollator",
+    "add_experts",
+    "expert_scores",
+    "freeze_experts",
     "from_catalogue",
+    "init_experts_from_lora",
+    "prune_experts",
 ]

@@ -15,6 +15,20 @@ from moe_peft.routing import DENSE_RULES
 from moe_peft.rules import ROUTING_RULES, TOP_1_RULES, TOP_P
 
 
+ELSEWHERE = {
+    "use_dora": "DoRA rescales the rows of the whole weight W + s B A, so that a mixture of DoRA experts needs the frozen "
+    "weight's row norms under every expert, and is no longer linear in the experts: no merge, export or balance here "
+    "would hold for it. Leave it out; `use_rslora` is what goes with experts.",
+}
+"""Fields of `LoraConfig` that people may well ask for -> why they have no place in a mixture."""
+
+
+def check_init(config: Any) -> None:
+    if not isinstance(config.init_weights, bool) and config.init_weights != "pissa":
+        remedy = "'pissa' starts A from the frozen weight; True, as LoRA does, from random numbers."
+        raise refuse("init_weights", config.init_weights, "True, False or 'pissa'", remedy)
+
+
 def check_numbers(config: Any) -> None:
     parse(config.r, "r")
     parse(config.num_experts, "num_experts")

@@ -16,6 +16,7 @@ from moe_peft.config import LinearMoeConfig, MoeConfig
 from moe_peft.experts import experts_decoded, experts_out, stacked_in
 from moe_peft.routing import ROUTING_RULES, dense_weights, with_shared
 from moe_peft.tuners.base import MoeTuner, MoeTunerLayer
+from moe_peft.tuners.principal import start_from_principal
 from moe_peft.tuners.router import Router, compute_dtype, scaling
 
 
@@ -106,6 +107,7 @@ class LinearMoeLinear(MoeTunerLayer):
     def update_layer(self, adapter_name: str, config: LinearMoeConfig, num_experts: int, r: int) -> None:
         """Give the adapter its experts on this layer."""
         experts = RoutedLora(config, self.in_features, self.out_features, num_experts, r)
+        start_from_principal(self, experts, config)
         self.linear_moe_experts[adapter_name] = experts
         self.r[adapter_name], self.num_experts[adapter_name] = r, num_experts
         self.scaling[adapter_name] = experts.scaling
