@@ -1,15 +1,19 @@
 """More experts for a trained adapter, the old ones untouched (MoExtend, arXiv:2408.03511).
 
-What a new expert does at first depends on its start, with u the old logits, g the old weights and a layer that uses all
-experts ("softmax"):
+What a new expert does at first depends on its start. With u the old logits, g the old weights, b `router_bias_start`,
+and a layer that uses all experts ("softmax"):
 
-    "zero"       B = 0, A fresh, a router row of zeros: the routed output is multiplied by Z / (Z + 1), Z = sum exp(u).
-    a copy of e  weights and router row: the routed output becomes (sum g_i E_i + g_e E_e) / (1 + g_e).
+    "zero"       B = 0, A fresh, a router row of zeros: the routed output is multiplied by Z / (Z + exp b), Z = sum exp u.
+    a copy of e  weights and router row, with b = 0: it becomes (sum g_i E_i + g_e E_e) / (1 + g_e).
 
-Where a rule selects, a token whose choice does not change computes exactly what it did; a copy is chosen along with its source and
-takes the last of its other slots. No row without a bias can keep every token's choice. MoExtend trains the routers first,
-grows the half of the layers whose loads moved most, and adds a calibration net on the weights; growing the layers is what this
-does, the rest is the caller's.
+Where a rule selects, a token whose choice does not change computes exactly what it did. A copy is chosen along with its
+source and takes the last of its other slots; no row without a bias can keep every token's choice. With a bias
+(`router_bias=True` in the config) and b low enough no choice changes, and the output is kept bit for bit; the expert then
+waits for balancing or training to raise it.
+
+MoExtend trains the routers first, grows the half of the layers whose loads moved most, and adds a calibration net on the
+weights. Growing the layers is what this does; the bias takes the net's place; which layers, and the stages, are the
+caller's.
 """
 
 import math
@@ -37,6 +41,7 @@ def add_experts(
     init_from: str | int = "zero",
     freeze_old: bool = False,
     calibration: Iterable[Batch] | None = None,
+    router_bias_start: float = 0.0,
     adapter_name: str = "default",
 ) -> dict[str, int]:
     """Give layers of a LINEAR_MOE adapter `n` further routed experts, in place; the config's `num_experts` follows.
@@ -47,10 +52,12 @@ def add_experts(
         model: with the adapter.
         n: how many experts each layer gets.
         layers: numbers of the layers that grow; by default all.
-        init_from: "zero"; the number of the expert to copy; or "most_used", the one that got most of the load in training, or
-            on the `calibration` text where that is given. See the module for what each does to the output.
+        init_from: "zero"; the number of the expert to copy; or "most_used", the one that got most of the load in training,
+            or on the `calibration` text where that is given. See the module for what each does to the output.
         freeze_old: hold the old experts and their router rows still (`freeze_experts`).
         calibration: batches for `model(**batch)`, for "most_used" alone.
+        router_bias_start: what is added to a new expert's logits at first (to its source's bias, for a copy). Other than
+            0 it needs a router with a bias.
 
     Returns:
         module name -> how many experts it has now.
@@ -66,6 +73,7 @@ def add_experts(
             "calibration", "given", "left out", "It finds the expert to copy: set `init_from` to 'most_used'."
         )
     found = resizable_layers(model, adapter_name, "Adding experts")
+    _check_bias(router_bias_start, found, adapter_name)
     grown = chosen_layers(model, found, layers, "layers")
     counts = {name: layer.num_experts[adapter_name] for name, layer in found.items()}
     for name in grown:
@@ -78,6 +86,8 @@ def add_experts(
         experts = rebuild(found[name], adapter_name, config, [*range(counts[name]), *[sources[name]] * n])
         if init_from == "zero":
             _reset(experts, counts[name], n)
+        if router_bias_start:
+            experts.router_bias.data[counts[name] : counts[name] + n] += router_bias_start
         if freeze_old:
             freeze(experts, range(counts[name]))
     return wanted
@@ -88,8 +98,8 @@ def freeze_experts(
 ) -> None:
     """Hold these routed experts and their router rows still, and no others; an empty list frees all.
 
-    Their gradients are zero, so that no optimizer moves them. What moves weights without a gradient still does: use no weight
-    decay, and an optimizer that has no momentum from before. Not saved with the adapter: call it again after
+    Their gradients are zero, so that no optimizer moves them. What moves weights without a gradient still does: use no
+    weight decay, and an optimizer that has no momentum from before. Not saved with the adapter: call it again after
     loading. Not for FSDP and ZeRO-3, which raise in the first backward pass.
 
     Args:
@@ -108,6 +118,15 @@ def freeze_experts(
             raise refuse("experts", numbers, f"numbers from 0 to {have - 1}, the experts of {name}", "Counted from 0.")
     for name in chosen:
         freeze(found[name].experts(adapter_name), numbers)
+
+
+def _check_bias(start: float, layers: dict[str, LinearMoeLinear], adapter_name: str) -> None:
+    if isinstance(start, bool) or not isinstance(start, (int, float)) or not math.isfinite(start):
+        raise refuse("router_bias_start", start, "a number", "-10 makes it as good as never chosen at first.")
+    without = [n for n, layer in layers.items() if getattr(layer.experts(adapter_name), "router_bias", None) is None]
+    if start and without:
+        remedy = "Leave it out, or train the adapter with `router_bias=True`."
+        raise refuse("router_bias_start", start, f"0 where the router has no bias, as in {without[0]}", remedy)
 
 
 def _check_start(init_from: str | int, name: str, count: int) -> None:

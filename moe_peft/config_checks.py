@@ -16,9 +16,9 @@ from moe_peft.rules import ROUTING_RULES, TOP_1_RULES, TOP_P
 
 
 ELSEWHERE = {
-    "use_dora": "DoRA rescales the rows of the whole weight W + s B A, so that a mixture of DoRA experts needs the frozen "
-    "weight's row norms under every expert, and is no longer linear in the experts: no merge, export or balance here "
-    "would hold for it. Leave it out; `use_rslora` is what goes with experts.",
+    "use_dora": "DoRA rescales the rows of the whole weight W + s B A. A mixture of such experts needs the row norms of W + "
+    "s B_e A_e for every expert at every step, and is not linear in the experts, so that no merge and no export here would "
+    "hold for it. Leave it out; `use_rslora` goes with experts.",
 }
 """Fields of `LoraConfig` that people may well ask for -> why they have no place in a mixture."""
 

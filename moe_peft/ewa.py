@@ -1,13 +1,13 @@
-"""Experts weights averaging (EWA, arXiv:2308.06093): after each optimizer step the experts move a little towards each other.
+"""Experts weights averaging (EWA, arXiv:2308.06093): after each optimizer step the experts move towards each other.
 
     theta_e <- (1 - beta) theta_e + beta mean_{j != e} theta_j
 
-An expert's weight is the product B_e A_e, and the mean of products is the product of means only where the experts have one
-factor in common: with one A for all (HydraLoRA, or copies with A frozen) averaging B is exact. Else it is an approximation,
-good as long as the A have not moved far from a common start. B is always averaged, A if asked for.
+An expert's weight is the product B_e A_e, and the mean of products is the product of means only where the experts have
+one factor in common: with one A for all (HydraLoRA, or copies with A frozen) averaging B is exact. Else it is an
+approximation, good as long as the A have not moved far from a common start. B is always averaged, A if asked for.
 
-The paper collapses the experts to their mean when training ends; `moe_peft.merge.fit_static(method="mean")` measures what that
-costs on text and does it. It also routes at random while training, which is the adapter's own setting.
+The paper routes at random while training, which is a setting of the adapter, and collapses the experts to their mean when
+training ends, which `moe_peft.merge.fit_static(method="mean")` does.
 """
 
 import math
@@ -27,8 +27,8 @@ class EwaCallback(TrainerCallback):
     """Experts weights averaging for every routed adapter that a transformers or TRL trainer trains.
 
     Args:
-        beta: how far an expert moves towards the mean of the others in one step; above 0 and below 1. The paper's schedule
-            reaches about 0.01; 0.001 moves them half way in 700 steps.
+        beta: how far an expert moves towards the mean of the others in one step; above 0 and below 1. Kept constant, where
+            the paper has a schedule.
         average_A: average A as well. For experts that started alike (`init_experts_from_lora`, "spawn").
 
     Raises:
@@ -71,7 +71,7 @@ def average_experts(model: nn.Module, beta: float, average_A: bool = False) -> N
     for module in model.modules():
         if not isinstance(module, Router):
             continue
-        experts = len(module.lora_B) - int(module.num_shared)
+        experts = len(module.lora_B) - int(getattr(module, "num_shared", 0))
         for factor in (module.lora_B, module.lora_A) if average_A else (module.lora_B,):
             if factor.requires_grad and experts > 1 and len(factor) >= experts:
                 factor[:experts] = averaged(factor[:experts], beta)

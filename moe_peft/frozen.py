@@ -1,8 +1,8 @@
 """Some experts of an adapter held still while the others learn: their rows of every gradient are zero.
 
-PEFT freezes whole parameters, and the experts of a layer are slices of one. A forward pre-hook on the experts' module puts
-the mask on the gradient of whatever parameters the module has by then, so that it outlives `set_adapter`, a reference
-pass without the adapter, `.to()` and `copy.deepcopy`. It is not saved with the adapter.
+PEFT freezes whole parameters, and the experts of a layer are slices of one. A forward pre-hook on the experts' module
+puts the mask on the gradient of whatever parameters the module has by then, so that it outlives `set_adapter`, a
+reference pass without the adapter, and `copy.deepcopy`. It is not saved with the adapter.
 """
 
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Trained plain LoRAs read with PEFT's own classes, their scales baked in, and what makes one unfit told all at once."""
+"""Trained plain LoRAs, read with PEFT's own classes: their factors with the scales in them, and what makes one unfit."""
 
 import math
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from moe_peft.saving import check_weights
 
 
 class Pair(NamedTuple):
-    """One layer's LoRA, `x -> x @ A.T @ B`: A `[r, d_in]`, B `[r, d_out]` with the LoRA's scale in it, as experts lie."""
+    """One layer's LoRA, `x -> x @ A.T @ B`: A `[r, d_in]`, B `[r, d_out]`, with the LoRA's scale in B."""
 
     A: Tensor
     B: Tensor

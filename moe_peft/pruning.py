@@ -5,8 +5,8 @@ The score is EASY-EP's (arXiv:2504.06792), summed over the tokens t that visit e
     I_e = sum_t g_te |E_e(x_t)|_2 max(0, 1 - cos(h_t, h_t + sum_e g_te E_e(x_t)))
 
 There h is the residual stream around a whole MoE block. Here a router sits on each linear layer, and h is that layer's
-output before its routed experts are added; shared experts belong to "before". What is left is not trained on: the weights of the
-remaining experts are rescaled by the routing rule, and some text is worth another look (`moe-peft inspect`).
+output before its routed experts are added; shared experts belong to "before". What is left is not trained further: the
+rule rescales the weights of the remaining experts, and how the model fares is to be measured afterwards.
 """
 
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,7 @@
 """What adding and pruning experts have in common: may this adapter change now, and how its layers get other experts.
 
-A layer is given new experts as at its making, by the config with the new number, and the old tensors are then copied row
-by row: whatever follows from the number (slots, load, buffers) is decided where it always is, and nothing here knows it.
+A layer is given new experts as at its making, by the config with the new number, and the old tensors are then copied
+row by row: whatever follows from the number (slots, load, buffers) is decided where it always is.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from moe_peft.allocation import expand
-from moe_peft.config import LinearMoeConfig
+from moe_peft.config import FfnMoeConfig, LinearMoeConfig
 from moe_peft.errors import refuse
 from moe_peft.frozen import freeze, frozen_experts
 from moe_peft.merge import routed_layers
@@ -66,10 +66,12 @@ def resizable_layers(model: PeftModel, adapter_name: str, doing: str) -> dict[st
     check_idle(layers, adapter_name, doing)
     config = model.peft_config[adapter_name]
     if not isinstance(config, LinearMoeConfig):
+        why = "Its experts are not stacked pairs of factors with a router of their own."
+        if isinstance(config, FfnMoeConfig):
+            why = "In an FFN mixture the linear layers of a block share one router and would have to change together."
         raise ValueError(
-            f"{doing} is for LINEAR_MOE adapters, and '{adapter_name}' is {config.peft_type.value}. In an FFN mixture the "
-            "linear layers of a block share one router and must change together: train a new adapter with another "
-            "`num_experts`."
+            f"{doing} is for LINEAR_MOE adapters, and '{adapter_name}' is {config.peft_type.value}. {why} Train a new "
+            "adapter with another `num_experts`."
         )
     for field, why in _FIXED_BY_NUMBER.items():
         if getattr(config, field, None) is not None:

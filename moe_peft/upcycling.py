@@ -1,17 +1,17 @@
 """Experts from LoRAs that were trained elsewhere: copies of one, one split by rank, or several side by side.
 
-With g the weights of a token, s the adapter's scale and W' = B' A the change that the LoRA makes, its scale included:
+With g the weights of a token and W' = B' A' the change that the LoRA makes, its scale included:
 
-    "spawn"   every expert starts as the LoRA. Exact copies: the change is (sum g_e) W', so W' itself where weights sum to 1.
-              With `diversify` half of each expert's ranks are zeroed and the others doubled (EvoMoE, arXiv:2112.14397):
-              W' in expectation, and exactly where all experts weigh alike, as each two take complementary halves.
-              (EvoMoE masks each expert for itself, and elements rather than ranks.)
+    "spawn"   every expert starts as the LoRA. Exact copies: the change is (sum g_e) W', so W' itself where weights sum
+              to 1. With `diversify` half of each expert's ranks are zeroed and the others doubled (EvoMoE,
+              arXiv:2112.14397): W' in expectation, and exactly where all experts weigh alike and their number is even,
+              as each two take complementary halves. (EvoMoE masks each expert for itself.)
     "split"   expert e takes the e-th block of r / E ranks, times E: W' exactly where all E experts weigh 1 / E, and in
               expectation over the choice where K of them, each as likely, weigh 1 / K.
     "each"    expert e is the e-th LoRA; what the router makes of them, it has to learn (Rocket, arXiv:2408.15915).
 
-"Where all experts weigh alike" is the router's start: use `router_init_std=0.0`, or a small one. Where an expert has more ranks
-than it is given, the others keep their fresh A under B = 0, so that they can learn. Shared experts stay at B = 0.
+"Where all weigh alike" is the router's start: use `router_init_std=0.0`, or a small one. Ranks that an expert has beyond
+what it is given keep their fresh A under B = 0, so that they can learn. Shared experts stay at B = 0.
 """
 
 import warnings
@@ -199,8 +199,8 @@ def _warn_of_weights(
     std = config.router_init_std
     if (how == "split" or diversify) and (std is None or std > NEAR_UNIFORM):
         warnings.warn(
-            f"`router_init_std` is {std!r}: the experts start unlike each other, and only where the router weighs them alike is "
-            "their sum the LoRA. Use `router_init_std=0.0`, or exact copies (`how='spawn', diversify=False`).",
+            f"`router_init_std` is {std!r}: the experts start unlike each other, and only where the router weighs them alike "
+            "is their sum the LoRA. Use `router_init_std=0.0`, or exact copies (`how='spawn', diversify=False`).",
             stacklevel=3,
         )
 

@@ -1,15 +1,18 @@
 """Experts added to a trained adapter and cut out of it: what stays is bit for bit, what changes is what is said."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from conftest import make_tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from moe_peft import FfnMoeConfig, LinearMoeConfig, add_experts, expert_scores, freeze_experts, prune_experts
 from moe_peft.merge import routed_layers
 from moe_peft.pruning import easy_ep, easy_ep_naive
+from moe_peft.routing import ROUTING_RULES
 
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -347,6 +350,11 @@ def test_another_adapters_trainability_is_left_alone():
             "`init_from` is 'most_used', but must be 'zero' or a number",
         ),
         (lambda m: add_experts(m, calibration=[]), "`calibration` is 'given', but must be left out"),
+        (
+            lambda m: add_experts(m, router_bias_start=-9),
+            "`router_bias_start` is -9, but must be 0 where the router has no",
+        ),
+        (lambda m: add_experts(m, router_bias_start="low"), "`router_bias_start` is 'low', but must be a number"),
         (lambda m: add_experts(m, adapter_name="x"), "No layer of this model holds a routed adapter named 'x'"),
         (lambda m: freeze_experts(m, [4]), r"`experts` is \[4\], but must be numbers from 0 to 3"),
         (lambda m: prune_experts(m, 1, text()), "`keep` is 1, but must be at least 2, the adapter's `top_k`"),
@@ -384,6 +392,69 @@ def test_another_type_a_merged_adapter_and_one_in_training_are_refused(change):
     next(iter(routed_layers(model).values())).context.scale_balance(1.0, lambda: True)
     with pytest.raises(RuntimeError, match="a trainer is running on this model"):
         change(model)
+
+
+def test_a_callback_that_adds_experts_while_the_trainer_runs_is_refused(tmp_path):
+    class Growing(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            add_experts(model)
+
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 4
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    model = adapted()
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[Growing()])
+    with pytest.raises(RuntimeError, match="Adding experts gives adapter 'default' new parameters, but a trainer is"):
+        trainer.train()
+    assert set(add_experts(model).values()) == {5}  # after it has ended, in an error too
+
+
+NEW = {field.name for field in dataclasses.fields(LinearMoeConfig)}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"share_A": True},
+        {"num_null_experts": 2, "num_constant_experts": 1, "router_bias": True},
+        {"balance": "bias", "num_null_experts": 1},
+        {"freeze_router": True},
+        {"routing": "sigmoid_top_k"},
+    ],
+    ids=str,
+)
+def test_whatever_else_a_router_has_follows(settings, tmp_path):
+    if not settings.keys() <= NEW or settings.get("routing", "softmax") not in ROUTING_RULES:
+        pytest.skip("not in this version")
+    model = adapted(**settings)
+    tail = settings.get("num_null_experts", 0) + settings.get("num_constant_experts", 0)
+    before = {name: experts.state_dict() for name, experts in all_experts(model).items()}
+    for state in before.values():
+        for tensor in state.values():
+            torch.nn.init.normal_(tensor)
+    before = copy.deepcopy(before)
+    add_experts(model, init_from=1)
+    scores = {name: torch.arange(5.0) for name in before}
+    prune_experts(model, 4, scores=scores)  # without expert 0
+    for name, experts in all_experts(model).items():
+        for key, new in experts.state_dict().items():
+            rows = [1, 2, 3, 1, *range(4, 4 + tail)]
+            whole = key == "constant" or (key == "lora_A" and "share_A" in settings)
+            old = before[name][key]
+            assert torch.equal(new, old if whole else old[rows[: len(old)]]), key
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make_tiny_llama(layers=2), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.skipif("router_bias" not in NEW, reason="not in this version")
+@pytest.mark.parametrize("init_from", ["zero", 0])
+def test_with_a_low_bias_the_output_is_kept_bit_for_bit(init_from):
+    model = adapted(router_bias=True)
+    before = logits(model)
+    add_experts(model, init_from=init_from, router_bias_start=-1e4)
+    assert torch.equal(logits(model), before)
 
 
 def test_a_single_expert_has_no_router_to_add_to():

@@ -1,9 +1,10 @@
 """A from the frozen weight: its principal right singular vectors, dealt out to the experts ("pissa").
 
-PiSSA (arXiv:2404.02948) writes W = B A + W_res with the principal part in B A and trains that against the frozen remainder. Here the
-frozen layer is never changed, and B starts at 0 as ever: A alone starts where W acts most. So a fresh adapter changes nothing
-and needs no conversion, and what is lost is PiSSA's head start for B. The rows are orthonormal, times the length that rows have
-by default (1 / sqrt(3)), not times the singular values' roots: `lora_alpha` and the learning rate keep their meaning.
+PiSSA (arXiv:2404.02948) writes W = B A + W_res with the principal part in B A, and trains that beside the frozen
+remainder. Here the frozen layer is never changed, and B starts at 0 as ever: A alone starts where W acts most. So a
+fresh adapter changes nothing and nothing has to be converted back; what is lost is PiSSA's start of B. The rows are
+orthonormal, times the length that rows have by default (1 / sqrt(3)) rather than the roots of the singular values:
+`lora_alpha` and the learning rate keep their meaning.
 """
 
 import math
@@ -26,8 +27,8 @@ def start_from_principal(layer: MoeTunerLayer, experts: Any, config: MoeConfig) 
 
     Args:
         layer: whose frozen weight is decomposed, dequantised by PEFT's backend where it is packed.
-        experts: `lora_A [n, r, d_in]`. Expert e gets singular vectors e r ... (e + 1) r - 1, the shared experts the last. Where
-            they run out, the next experts start over, each with the vectors of its slice turned at random.
+        experts: `lora_A [n, r, d_in]`. Expert e gets singular vectors e r ... (e + 1) r - 1, the shared experts the last
+            ones. Where they run out, the next experts start over, each with its vectors turned at random.
 
     Raises:
         ValueError: if the backend cannot dequantise the weight.
