@@ -12,14 +12,17 @@ refuse_rival()
 for name in ("linear_moe", "ffn_moe", "rank_moe", "shard_pool"):
     registration.reserve(name)
 
-from moe_peft.callbacks import MoeCallback, install  # noqa: E402  (the enum members must exist first)
+from moe_peft.adding import add_experts, freeze_experts  # noqa: E402  (the enum members must exist first)
+from moe_peft.callbacks import MoeCallback, install  # noqa: E402
 from moe_peft.catalogue import from_catalogue  # noqa: E402
 from moe_peft.collator import TaskTypeCollator  # noqa: E402
 from moe_peft.config import FfnMoeConfig, LinearMoeConfig  # noqa: E402
 from moe_peft.consistency import ConsistencyLoss, consistency_loss  # noqa: E402
 from moe_peft.context import set_aux_scale, set_step, task_types  # noqa: E402
+from moe_peft.ewa import EwaCallback  # noqa: E402
 from moe_peft.growing import grow  # noqa: E402
 from moe_peft.plain_lora import to_lora  # noqa: E402
+from moe_peft.pruning import expert_scores, prune_experts  # noqa: E402
 from moe_peft.rank_config import RankMoeConfig  # noqa: E402
 from moe_peft.router_init import init_routers  # noqa: E402
 from moe_peft.shard_config import ShardPoolConfig  # noqa: E402
@@ -28,6 +31,7 @@ from moe_peft.tuners.ffn_moe import FfnMoeModel  # noqa: E402
 from moe_peft.tuners.linear_moe import LinearMoeModel  # noqa: E402
 from moe_peft.tuners.rank_moe import RankMoeModel  # noqa: E402
 from moe_peft.tuners.shard_pool import ShardPoolModel  # noqa: E402
+from moe_peft.upcycling import init_experts_from_lora  # noqa: E402
 from moe_peft.watch import update_selection_bias  # noqa: E402
 
 
@@ -40,6 +44,7 @@ if install not in base.after_injection:
 
 __all__ = [
     "ConsistencyLoss",
+    "EwaCallback",
     "FfnMoeConfig",
     "FfnMoeModel",
     "LinearMoeConfig",
@@ -50,10 +55,15 @@ __all__ = [
     "ShardPoolConfig",
     "ShardPoolModel",
     "TaskTypeCollator",
+    "add_experts",
     "consistency_loss",
+    "expert_scores",
+    "freeze_experts",
     "from_catalogue",
     "grow",
+    "init_experts_from_lora",
     "init_routers",
+    "prune_experts",
     "set_aux_scale",
     "set_step",
     "task_types",

@@ -13,7 +13,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from moe_peft.allocation import Allocation
-from moe_peft.config_checks import check_booleans, check_layers, check_numbers
+from moe_peft.config_checks import ELSEWHERE, check_booleans, check_init, check_layers, check_numbers
 from moe_peft.errors import nearest
 from moe_peft.router_checks import (
     check_balance,
@@ -131,6 +131,10 @@ class MoeConfig(PeftConfig):
             Names or regex of the linear layers to adapt, or "all-linear". Defaults to PEFT's LoRA targets of the model.
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in `LoraConfig`.
         trainable_token_indices: as in `LoraConfig`; TRL sets it when a chat template adds tokens.
+        init_weights (`bool` or `str`, *optional*, defaults to `True`):
+            B starts at 0 and a fresh adapter changes nothing. "pissa": likewise, and A starts as the principal right
+            singular vectors of the frozen weight, dealt out to the experts; the frozen weight itself is left as it is,
+            which PiSSA changes. `False` gives a random function, for tests.
     """
 
     r: Allocation = field(default=8, metadata={"help": "Rank of one expert."})
@@ -174,8 +178,8 @@ class MoeConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Embedding rows to train."}
     )
-    init_weights: bool = field(
-        default=True, metadata={"help": "Start with B = 0. False gives a random function, for tests only."}
+    init_weights: bool | str = field(
+        default=True, metadata={"help": "Start with B = 0; 'pissa': and A from the base weight. False is for tests."}
     )
     plugin: str = field(default="moe_peft", metadata={"help": "The package to import before loading this adapter."})
 
@@ -183,6 +187,8 @@ class MoeConfig(PeftConfig):
         # PEFT drops an unknown key with a warning and trains the default; here it is an error.
         known = {f.name for f in fields(cls)}
         for key in kwargs:
+            if key in ELSEWHERE:
+                raise ValueError(f"`{key}` is not a field of {cls.__name__}: {ELSEWHERE[key]}")
             if key not in known:
                 raise ValueError(f"`{key}` is not a field of {cls.__name__}. {nearest(key, known)}")
         return super().__new__(cls)
@@ -193,7 +199,11 @@ class MoeConfig(PeftConfig):
     ) -> PeftConfig:
         """As PEFT's, which also comes first when weights are loaded: damaged ones are refused here."""
         check_weights(Path(pretrained_model_name_or_path, subfolder or ""))
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        config.weights_follow = (
+            config.inference_mode
+        )  # PEFT sets it in what it saves; then nothing has to be drawn well
+        return config
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -202,6 +212,7 @@ class MoeConfig(PeftConfig):
             setattr(self, name, set(value) if isinstance(value, list) else value)
         check_booleans(self)
         check_numbers(self)
+        check_init(self)
         check_layers(self)
         check_routing(self)
         check_router(self)

@@ -18,6 +18,20 @@ def check_booleans(config: Any) -> None:
             raise refuse(f.name, value, "True or False", "A word would count as True whatever it says.")
 
 
+ELSEWHERE = {
+    "use_dora": "DoRA rescales the rows of the whole weight W + s B A. A mixture of such experts needs the row norms of W + "
+    "s B_e A_e for every expert at every step, and is not linear in the experts, so that no merge and no export here would "
+    "hold for it. Leave it out; `use_rslora` goes with experts.",
+}
+"""Fields of `LoraConfig` that people may well ask for -> why they have no place in a mixture."""
+
+
+def check_init(config: Any) -> None:
+    if not isinstance(config.init_weights, bool) and config.init_weights != "pissa":
+        remedy = "'pissa' starts A from the frozen weight; True, as LoRA does, from random numbers."
+        raise refuse("init_weights", config.init_weights, "True, False or 'pissa'", remedy)
+
+
 def check_numbers(config: Any) -> None:
     parse(config.r, "r")
     parse(config.num_experts, "num_experts")

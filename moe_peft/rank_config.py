@@ -86,6 +86,8 @@ class RankMoeConfig(MoeConfig):
         _check_experts(self)
         _check_other_routers(self)
         check_booleans(self)
+        if not isinstance(self.init_weights, bool):
+            raise refuse("init_weights", self.init_weights, "True or False for ranks", "A starts at random here.")
         check_numbers(_shared(self))
         check_layers(self)
         _check_rule(self)

@@ -84,7 +84,6 @@ class MoeTuner(BaseTuner):
             setattr(parent, child_name, new_module)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
         # bitsandbytes repacks a 4-bit weight in place on AVX512-BF16 CPUs the first time it sees eval(). After that it
         # dequantises wrongly and gives its input no gradient, on layers without an adapter too: the ones below stop
         # learning. The library's own switch keeps it from doing so.
@@ -93,6 +92,7 @@ class MoeTuner(BaseTuner):
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
                 repacked |= _unpack(module)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)  # "pissa" reads the weights
         if repacked:
             warnings.warn(
                 "The 4-bit base model was evaluated before the adapter was added, so bitsandbytes had repacked its weights "

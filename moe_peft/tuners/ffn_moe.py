@@ -29,6 +29,7 @@ from moe_peft.tuners.base import MoeTuner, MoeTunerLayer
 from moe_peft.tuners.ffn_blocks import BlockNames, find_blocks, looked_for
 from moe_peft.tuners.ffn_experts import FfnExperts
 from moe_peft.tuners.ffn_fast import FastForward
+from moe_peft.tuners.principal import start_from_principal
 
 
 class Pending(NamedTuple):
@@ -104,6 +105,7 @@ class FfnMoeLinear(MoeTunerLayer):
         experts = FfnExperts(
             config, self.in_features, self.out_features, num_experts, r, in_block=self.block is not None, routes=routes
         )
+        start_from_principal(self, experts, config)
         self.ffn_moe_experts[adapter_name] = experts
         self.r[adapter_name], self.scaling[adapter_name] = r, experts.scaling
         self.num_experts[adapter_name] = num_experts if self.block is not None else 1

@@ -20,6 +20,7 @@ from moe_peft.experts import experts_decoded, experts_out, stacked_in
 from moe_peft.routing import Routing, dense_weights, routing_dtype, with_shared
 from moe_peft.rules import jittered
 from moe_peft.tuners.base import MoeTuner, MoeTunerLayer
+from moe_peft.tuners.principal import start_from_principal
 from moe_peft.tuners.router import Router, compute_dtype, scaling
 from moe_peft.tuners.scopes import RouterUnit, unit_key
 
@@ -192,6 +193,7 @@ class LinearMoeLinear(MoeTunerLayer):
         """Give the adapter its experts on this layer."""
         routes, d_router = self._joins(adapter_name, config, num_experts)
         experts = RoutedLora(config, self.in_features, self.out_features, num_experts, r, d_router, routes)
+        start_from_principal(self, experts, config)
         self.linear_moe_experts[adapter_name] = experts
         self.r[adapter_name], self.num_experts[adapter_name] = r, num_experts
         self.scaling[adapter_name] = experts.scaling
@@ -227,7 +229,10 @@ class LinearMoeLinear(MoeTunerLayer):
             )
         if scope == "model":
             router = first.experts(adapter_name)
-            router.share, router.state.window = 1 / unit.members[adapter_name], LOAD_WINDOW * unit.members[adapter_name]
+            router.share, router.state.window = (
+                1 / unit.members[adapter_name],
+                LOAD_WINDOW * unit.members[adapter_name],
+            )
         return False, 0
 
     def holds(self, adapter_name: str) -> bool:

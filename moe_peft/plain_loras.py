@@ -1,0 +1,131 @@
+"""Trained plain LoRAs, read with PEFT's own classes: their factors with the scales in them, and what makes one unfit."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.utils.other import get_pattern_key
+from peft.utils.save_and_load import load_peft_weights
+from torch import Tensor
+
+from moe_peft.errors import refuse
+from moe_peft.routing import routing_dtype
+from moe_peft.saving import check_weights
+
+
+class Pair(NamedTuple):
+    """One layer's LoRA, `x -> x @ A.T @ B`: A `[r, d_in]`, B `[r, d_out]`, with the LoRA's scale in B."""
+
+    A: Tensor
+    B: Tensor
+
+
+@dataclass
+class PlainLora:
+    """A LoRA read from a folder or the Hub.
+
+    Attributes:
+        name: as the user wrote it.
+        base: the base model's name in its config.
+        pairs: module name -> factors, without the name's `base_model.model.`.
+        problems: what of it no expert can take over, a line each.
+    """
+
+    name: str
+    base: str | None
+    pairs: dict[str, Pair]
+    problems: list[str]
+
+
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values of `init_lora_weights` after which the LoRA belongs to a base that PEFT has changed."""
+
+_REFUSED = {
+    "use_dora": "DoRA: it rescales the whole weight, which no low-rank expert does",
+    "lora_bias": "its B has a bias",
+    "modules_to_save": "it trained whole modules too",
+    "trainable_token_indices": "it trained token embeddings too",
+    "target_parameters": "it adapts parameters, not linear layers",
+    "layer_replication": "its model repeats layers",
+    "alora_invocation_tokens": "it acts from its invocation tokens on only",
+    "arrow_config": "it routes by itself",
+}
+
+
+def read_lora(source: str | Path) -> PlainLora:
+    """Config and weights, on the CPU, in fp32 or better.
+
+    Args:
+        source: a folder that PEFT saved, or an id on the Hub.
+
+    Raises:
+        ValueError: if it is no LoRA, or its weights are damaged. What it has beyond plain factors goes to `problems`.
+    """
+    name = str(source)
+    check_weights(Path(name))
+    config = PeftConfig.from_pretrained(name)
+    if not isinstance(config, LoraConfig) or config.peft_type != "LORA":
+        allowed = "the folder or the Hub id of a plain LoRA"
+        raise refuse("lora", f"{name} ({config.peft_type.value})", allowed, "Other adapter types have other weights.")
+    problems = [f"`{field}`: {why}" for field, why in _REFUSED.items() if getattr(config, field, None)]
+    if config.bias != "none":
+        problems.append(f"`bias` is {config.bias!r}: it trained biases of the base too")
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.lower().startswith(_CHANGED_BASE):
+        problems.append(
+            f"`init_lora_weights` is {init!r}, which changed the base model. Save it with PEFT's "
+            "`path_initial_model_for_weight_conversion`"
+        )
+    weights = load_peft_weights(name, device="cpu")
+    pairs = _pairs(weights, config, problems)
+    return PlainLora(name, config.base_model_name_or_path, pairs, problems)
+
+
+def _pairs(weights: dict[str, Tensor], config: LoraConfig, problems: list[str]) -> dict[str, Pair]:
+    prefix = "base_model.model."
+    factors: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in weights.items():
+        module, _, factor = key.removeprefix(prefix).removesuffix(".weight").rpartition(".")
+        if factor in ("lora_A", "lora_B") and key.endswith(".weight") and tensor.dim() == 2:
+            factors.setdefault(module, {})[factor] = tensor.to(routing_dtype(tensor.dtype))
+        else:
+            problems.append(f"{key} {list(tensor.shape)} is no factor of a linear layer")
+    pairs = {}
+    for module, both in factors.items():
+        if both.keys() != {"lora_A", "lora_B"} or len(both["lora_A"]) != both["lora_B"].shape[1]:
+            problems.append(f"{module}: its factors do not fit each other")
+            continue
+        r, scale = _rank_and_scale(config, module)
+        if r != len(both["lora_A"]):
+            problems.append(f"{module}: the config says rank {r}, the weights have {len(both['lora_A'])}")
+            continue
+        pairs[module] = Pair(both["lora_A"], scale * both["lora_B"].T)
+    return pairs
+
+
+def _rank_and_scale(config: Any, module: str) -> tuple[int, float]:
+    """As PEFT's LoRA finds them for a module."""
+    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), module), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
+    return r, alpha / (math.sqrt(r) if config.use_rslora else r)
+
+
+def fitted(pair: Pair, r: int) -> tuple[Pair, float]:
+    """The pair with at most `r` ranks, and the relative error of its product (Frobenius).
+
+    The truncation is the best there is: the singular value decomposition of the product, by QR of the factors, without
+    forming it.
+    """
+    if len(pair.A) <= r:
+        return pair, 0.0
+    Q_A, R_A = torch.linalg.qr(pair.A.double().T)  # A' = Q_A R_A
+    Q_B, R_B = torch.linalg.qr(pair.B.double().T)
+    U, sigma, Vh = torch.linalg.svd(R_B @ R_A.T)  # B' A = Q_B (R_B R_A') Q_A'
+    root = sigma[:r].sqrt()
+    A, B = root.unsqueeze(1) * (Vh[:r] @ Q_A.T), root.unsqueeze(1) * (Q_B @ U[:, :r]).T
+    total = float(sigma.square().sum())
+    error = math.sqrt(float(sigma[r:].square().sum()) / total) if total else 0.0
+    return Pair(A.to(pair.A.dtype), B.to(pair.B.dtype)), error

@@ -1,0 +1,172 @@
+"""What adding and pruning experts have in common: may this adapter change now, and how its layers get other experts.
+
+A layer is given new experts as at its making, by the config with the new number, and the old tensors are then copied
+row by row: whatever follows from the number (slots, load, buffers) is decided where it always is.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from moe_peft.allocation import expand
+from moe_peft.config import FfnMoeConfig, LinearMoeConfig
+from moe_peft.errors import refuse
+from moe_peft.frozen import freeze, frozen_experts
+from moe_peft.merge import routed_layers
+from moe_peft.tuners.base import _LAYER_NUMBER
+from moe_peft.tuners.layer import MoeTunerLayer
+from moe_peft.tuners.linear_moe import LinearMoeLinear, RoutedLora
+
+
+ROWS_BY_EXPERT = ("lora_A", "lora_B", "router", "router_bias", "selection_bias")
+"""Tensors whose first axis counts the routed experts first, then what stands behind them (shared, constant, null)."""
+
+_FIXED_BY_NUMBER = {
+    "expert_groups": "it names experts by their numbers",
+    "balance_weights": "it has one weight for each expert",
+}
+
+
+def check_idle(layers: dict[str, MoeTunerLayer], adapter_name: str, doing: str) -> None:
+    """Refuse to change weights that a trainer holds or that are merged.
+
+    Args:
+        layers: those that hold the adapter.
+        doing: what is about to be done, as the start of a sentence ("Adding experts").
+
+    Raises:
+        RuntimeError: while a trainer runs on the model.
+        ValueError: if the adapter is merged.
+    """
+    running = next(iter(layers.values())).context._running
+    if running is not None and running():
+        raise RuntimeError(
+            f"{doing} gives adapter '{adapter_name}' new parameters, but a trainer is running on this model and its "
+            "optimizer holds the old ones. Do it before `train()` or after it has returned, then train on."
+        )
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise ValueError(
+            f"Adapter '{adapter_name}' is merged into the base weights. Call `model.unmerge_adapter()` before this: "
+            f"{doing[0].lower() + doing[1:]} would leave the old experts in the base."
+        )
+
+
+def resizable_layers(model: PeftModel, adapter_name: str, doing: str) -> dict[str, LinearMoeLinear]:
+    """The layers of an adapter whose number of experts may change now; names as in `merge.routed_layers`.
+
+    Raises:
+        ValueError: another adapter type, a merged adapter, a setting that names experts by number.
+        RuntimeError: while a trainer runs.
+    """
+    layers = routed_layers(model, adapter_name)
+    check_idle(layers, adapter_name, doing)
+    config = model.peft_config[adapter_name]
+    if not isinstance(config, LinearMoeConfig):
+        why = "Its experts are not stacked pairs of factors with a router of their own."
+        if isinstance(config, FfnMoeConfig):
+            why = "In an FFN mixture the linear layers of a block share one router and would have to change together."
+        raise ValueError(
+            f"{doing} is for LINEAR_MOE adapters, and '{adapter_name}' is {config.peft_type.value}. {why} Train a new "
+            "adapter with another `num_experts`."
+        )
+    for field, why in _FIXED_BY_NUMBER.items():
+        if getattr(config, field, None) is not None:
+            raise refuse(field, getattr(config, field), f"None where experts come or go: {why}", "Train without it.")
+    if getattr(config, "router_scope", "linear") != "linear":
+        raise refuse("router_scope", config.router_scope, "'linear' where experts come or go", "Train with that.")
+    return {name: layer for name, layer in layers.items() if isinstance(layer, LinearMoeLinear)}
+
+
+def layer_number(model: PeftModel, name: str) -> tuple[str, int] | None:
+    """`(name of the list of layers, number in it)` of a module, or None if it is in none."""
+    match = _LAYER_NUMBER.match(f".{name}")
+    return None if match is None else (match["layers"][1:], int(match["number"]))
+
+
+def chosen_layers(model: PeftModel, names: Iterable[str], numbers: Iterable[int] | None, field: str) -> list[str]:
+    """Those of the modules that lie in the layers of these numbers, in order; all for None.
+
+    Raises:
+        ValueError: a number without an adapted module.
+    """
+    names = list(names)
+    if numbers is None:
+        return names
+    found = {name: layer_number(model, name) for name in names}
+    there = {place[1] for place in found.values() if place is not None}
+    wanted = set(numbers)
+    if not wanted or not wanted <= there:
+        allowed = f"numbers of layers with this adapter: {', '.join(map(str, sorted(there))) or 'there are none'}"
+        raise refuse(field, sorted(wanted), allowed, "Leave it out to take every layer.")
+    return [name for name, place in found.items() if place is not None and place[1] in wanted]
+
+
+def with_counts(model: PeftModel, config: LinearMoeConfig, counts: dict[str, int]) -> LinearMoeConfig:
+    """The config for these numbers of experts by module, checked as at its making; nothing is changed yet.
+
+    Raises:
+        ValueError: whatever the config refuses; numbers that it cannot say, as it counts by layer.
+    """
+    if len(set(counts.values())) == 1:
+        return replace(config, num_experts=next(iter(counts.values())))
+    per_layer: dict[str, list[int]] = {}
+    for name, count in counts.items():
+        place = layer_number(model, name)
+        if place is None:
+            raise ValueError(
+                f"'{name}' has no layer number in its name, so `num_experts` cannot say that it has {count} experts and "
+                "others have not. Change all layers alike."
+            )
+        if place[0] not in per_layer:
+            container = model.base_model.model.get_submodule(place[0])
+            per_layer[place[0]] = expand(config.num_experts, len(list(container.children())), "num_experts")
+        per_layer[place[0]][place[1]] = count
+    for name, count in counts.items():
+        place = layer_number(model, name)
+        if place is not None and per_layer[place[0]][place[1]] != count:
+            raise ValueError(f"`num_experts` counts by layer, and the modules of layer {place[1]} would differ.")
+    lists = list(per_layer.values())
+    if any(numbers != lists[0] for numbers in lists):
+        raise ValueError(
+            f"The model has several lists of layers ({', '.join(sorted(per_layer))}), and one list of `num_experts` "
+            "cannot say how they would differ. Change all layers alike."
+        )
+    return replace(config, num_experts=lists[0])
+
+
+@torch.no_grad()
+def rebuild(layer: LinearMoeLinear, adapter_name: str, config: LinearMoeConfig, sources: Sequence[int]) -> RoutedLora:
+    """Give the layer `len(sources)` routed experts, number i with the weights that `sources[i]` had, bit for bit.
+
+    Shared, constant and null experts stay. The state of the router starts anew. The random stream is left alone.
+    """
+    old, before = layer.experts(adapter_name), layer.num_experts[adapter_name]
+    trained = {id(p): p.requires_grad for p in layer.parameters()}
+    with torch.random.fork_rng(devices=[]):
+        layer.update_layer(adapter_name, replace(config, init_weights=True), len(sources), layer.r[adapter_name])
+    new = layer.experts(adapter_name).train(old.training)
+    for parameter in layer.parameters():
+        parameter.requires_grad_(trained.get(id(parameter), parameter.requires_grad))
+    there = _tensors(new)
+    for name, tensor in _tensors(old).items():
+        if name in there:  # a single expert has no router
+            there[name].data = _taken(name, tensor, sources, before)
+            there[name].requires_grad_(tensor.requires_grad)
+    frozen = frozen_experts(old)
+    freeze(new, [i for i, source in enumerate(sources) if source in frozen and source not in sources[:i]])
+    return new
+
+
+def _tensors(experts: nn.Module) -> dict[str, Any]:
+    return dict(experts.named_parameters(recurse=False)) | dict(experts.named_buffers(recurse=False))
+
+
+def _taken(name: str, tensor: Tensor, sources: Sequence[int], before: int) -> Tensor:
+    if name not in ROWS_BY_EXPERT or len(tensor) < before:  # one A for all experts
+        return tensor.detach().clone()
+    index = torch.tensor([*sources, *range(before, len(tensor))], device=tensor.device)
+    return tensor.detach()[index]
