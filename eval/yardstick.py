@@ -72,6 +72,26 @@ METHODS = {
         Method("mola", "mola", "all-linear", {"lora_dropout": 0.0}),
         Method("loramoe", "loramoe", FFN, {"lora_dropout": 0.0, "balance": "none"}),
         Method("mixlora", "mixlora", "all-linear", {"lora_dropout": 0.0, "num_experts": 4}),
+        # The further methods stand where LoRA does best, on the FFN, and with the scale that is best for LoRA there.
+        *(
+            Method(name, name, FFN, {"lora_dropout": 0.0, "lora_alpha": alpha, **more})
+            for name, alpha, more in (
+                ("adamoe", 32, {}),
+                ("moe-plus-plus", 32, {}),
+                ("dynamic-moe", 32, {}),
+                ("ld-mole", 32, {}),
+                ("evomoe", 32, {"schedule_steps": 150}),
+                ("smoe-dropout", 16, {"schedule_steps": 150}),
+                ("thor", 32, {}),
+                ("deepseek-v3", 16, {"num_experts": 12}),
+                ("hydralora", 32, {}),
+                ("mod-squad", 32, {}),
+                ("smora", 32, {}),
+                ("moram", 32, {}),
+                ("mos", 32, {}),
+                ("mosa", 32, {}),
+            )
+        ),
     )
 }
 
