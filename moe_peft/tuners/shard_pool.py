@@ -262,9 +262,8 @@ class ShardPoolModel(MoeTuner):
             for layer in layers:
                 layer._move_adapter_to_device_of_base_layer(adapter_name)
                 self._take_choice_of_twin(layer, adapter_name)
-                layer.train(
-                    layer.get_base_layer().training
-                )  # new modules train, and in an evaluated model would sample
+                # A new module is in training mode: in a model that is being evaluated it would sample.
+                layer.train(layer.get_base_layer().training)
                 trained = adapter_name in layer.active_adapters and not config.inference_mode
                 for container in (layer.shard_pool_weights, layer.shard_pool_index):
                     if adapter_name in container:
