@@ -12,7 +12,8 @@ refuse_rival()
 for name in ("linear_moe", "ffn_moe"):
     registration.reserve(name)
 
-from moe_peft.callbacks import MoeCallback, install  # noqa: E402  (the enum members must exist first)
+from moe_peft.allocating import allocate  # noqa: E402  (the enum members must exist first)
+from moe_peft.callbacks import MoeCallback, install  # noqa: E402
 from moe_peft.catalogue import from_catalogue  # noqa: E402
 from moe_peft.collator import TaskTypeCollator  # noqa: E402
 from moe_peft.config import FfnMoeConfig, LinearMoeConfig  # noqa: E402
@@ -33,5 +34,6 @@ __all__ = [
     "LinearMoeModel",
     "MoeCallback",
     "TaskTypeCollator",
+    "allocate",
     "from_catalogue",
 ]
