@@ -6,22 +6,21 @@ steps cost alike, as with experts in the equal layers of a decoder, that is the 
 config with plain lists: training knows nothing of where they come from.
 """
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from moe_peft.adapted_layers import Costs, find_sites, layer_costs, without_weights
 from moe_peft.allocation import expand, parse
 from moe_peft.budget import count_config
 from moe_peft.config import MoeConfig
 from moe_peft.errors import nearest, refuse
 from moe_peft.gain import Batch, Progress, Site, measure_gain
-from moe_peft.tuners.base import MoeTunerLayer, layer_place
 
 
 CHOICES = ("experts", "rank", "both")
@@ -67,7 +66,7 @@ class Allocated(NamedTuple):
 
 def allocate(
     model: nn.Module,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     config: PeftConfig,
     budget: int | str | None = None,
     choose: str = "experts",
@@ -98,21 +97,13 @@ def allocate(
         ValueError: a budget or bound that cannot be met, text without labels or too little of it, a config without
             experts per layer, or targets that lie in no numbered layer.
     """
-    if not isinstance(config, MoeConfig):
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        raise refuse(
-            "config", kind, "of a type with experts in each layer", "Give a LinearMoeConfig or an FfnMoeConfig."
-        )
-    if choose not in CHOICES:
-        raise refuse("choose", choose, "one of " + ", ".join(map(repr, CHOICES)), nearest(str(choose), CHOICES))
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError("The model carries an adapter already. Give the backbone alone: `model.unload()` returns it.")
+    config = _checked(model, config, choose)
     skeleton = without_weights(model)
     sites, total = find_sites(skeleton, config)
     numbers = sorted({site.layer for site in sites})
     experts = [_experts(config, n, total, choose, min_experts, max_experts) for n in numbers]
     ranks = [_ranks(config, n, total, choose, max_rank) for n in numbers]
-    costs, fixed = _costs(skeleton, config, numbers, experts, ranks)
+    costs, fixed = layer_costs(skeleton, config, numbers, experts, ranks)
     wanted = _wanted(skeleton, config, budget)
     _check_budget(wanted, budget, fixed, costs, choose)
     tables = measure_gain(model, batches, sites, max(map(max, experts)), progress)
@@ -125,62 +116,17 @@ def allocate(
     return Allocated(found, wanted, count_config(skeleton, found).trainable, choose, layers, picks)
 
 
-def without_weights(model: nn.Module) -> nn.Module:
-    """A copy of the model on the meta device."""
-    empty: dict[int, Any] = {}
-    for parameter in model.parameters():
-        empty[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, device="meta"), requires_grad=False)
-    for buffer in model.buffers():
-        empty[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, empty)
-
-
-def find_sites(skeleton: nn.Module, config: MoeConfig) -> tuple[list[Site], int]:
-    """What the config would adapt, by router; and how many layers the model has.
-
-    Raises:
-        ValueError: if a target lies in no numbered layer, or targets lie in several lists of layers.
-    """
-    blocks: dict[int, list[tuple[str, Any]]] = {}
-    lists = set()
-    for name, module in _adapted(skeleton, config, 0, 0):
-        place = layer_place(name)
-        if place is None:
-            raise ValueError(
-                f"The target '{name}' has no layer number in its name, so no layer could be given experts for it. Exclude "
-                f"that module: `exclude_modules=['{name.rsplit('.', 1)[-1]}']`."
-            )
-        lists.add(place[0])
-        block = getattr(module, "block", None)
-        blocks.setdefault(id(module if block is None else block), []).append((name, module))
-    if len(lists) > 1:
-        raise ValueError(
-            f"The targets lie in {len(lists)} lists of layers ({', '.join(sorted(lists))}), and one list of numbers is "
-            "written for one of them. Narrow `target_modules` or `exclude_modules` to one."
+def _checked(model: nn.Module, config: PeftConfig, choose: str) -> MoeConfig:
+    if not isinstance(config, MoeConfig):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise refuse(
+            "config", kind, "of a type with experts in each layer", "Give a LinearMoeConfig or an FfnMoeConfig."
         )
-    total = len(list(skeleton.get_submodule(lists.pop()).children()))
-    return [_site(members) for members in blocks.values()], total
-
-
-def _site(members: list[tuple[str, Any]]) -> Site:
-    first, module = members[0]
-    number = (layer_place(first) or ("", 0))[1]
-    block = getattr(module, "block", None)
-    if block is None:
-        return Site(number, (first,), routed=not hasattr(module, "block"))
-    names = {module.name: name for name, module in members}
-    return Site(number, tuple(names[name] for name in block.names.all), len(block.names.ins))
-
-
-def _adapted(skeleton: nn.Module, config: MoeConfig, experts: int, r: int) -> list[tuple[str, MoeTunerLayer]]:
-    """The config's layers by module name, with these numbers everywhere (0: any)."""
-    chosen = replace(config, num_experts=experts or max(parse(config.num_experts, "num_experts")), r=r or 1)
-    chosen.inference_mode = False
-    adapted = get_peft_model(copy.deepcopy(skeleton), chosen, low_cpu_mem_usage=True)
-    named = [
-        (n.removeprefix("base_model.model."), m) for n, m in adapted.named_modules() if isinstance(m, MoeTunerLayer)
-    ]
-    return named
+    if choose not in CHOICES:
+        raise refuse("choose", choose, "one of " + ", ".join(map(repr, CHOICES)), nearest(str(choose), CHOICES))
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError("The model carries an adapter already. Give the backbone alone: `model.unload()` returns it.")
+    return config
 
 
 def _experts(
@@ -232,39 +178,6 @@ def _is_allowed(config: MoeConfig, num_experts: int) -> bool:
     except ValueError:
         return False
     return True
-
-
-Costs = list[list[list[int]]]
-
-
-def _costs(
-    skeleton: nn.Module, config: MoeConfig, numbers: list[int], experts: list[list[int]], ranks: list[list[int]]
-) -> tuple[Costs, int]:
-    """Trained parameters of each layer, `[layer][n][m]`, and those that lie in none (`modules_to_save`).
-
-    Every number of experts is counted at ranks 1 and 2; with the rank, parameters grow in a straight line.
-    """
-
-    def counted(n: int, r: int) -> dict[int, int]:
-        of_layer = dict.fromkeys(numbers, 0)
-        for name, module in _adapted(skeleton, config, n, r):
-            of_layer[(layer_place(name) or ("", 0))[1]] += sum(
-                p.numel() for p in module.parameters() if p.requires_grad
-            )
-        return of_layer
-
-    line = {n: (counted(n, 1), counted(n, 2)) for n in sorted({n for row in experts for n in row})}
-
-    def cost(layer: int, n: int, r: int) -> int:
-        one, two = (at[layer] for at in line[n])
-        return one + (r - 1) * (two - one)
-
-    costs = [
-        [[cost(layer, n, r) for r in rs] for n in es] for layer, es, rs in zip(numbers, experts, ranks, strict=True)
-    ]
-    any_n = experts[0][0]
-    whole = count_config(skeleton, replace(config, num_experts=any_n, r=1)).trainable
-    return costs, whole - sum(line[any_n][0].values())
 
 
 def _wanted(skeleton: nn.Module, config: MoeConfig, budget: int | str | None) -> int:

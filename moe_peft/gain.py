@@ -17,7 +17,7 @@ The figures speak of the first steps of training, and a projection sees a part o
 not foretell losses.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -59,7 +59,7 @@ class Site(NamedTuple):
 
 def measure_gain(
     model: nn.Module,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     sites: Sequence[Site],
     max_experts: int,
     progress: Progress | None = None,
@@ -84,6 +84,7 @@ def measure_gain(
     """
     if max_experts > CELLS:
         raise refuse("max_experts", max_experts, f"at most {CELLS}, the parts that inputs are told into", "Lower it.")
+    batches = list(batches)
     usable = [batch for batch in batches if _num_labels(batch)]
     if len(usable) < 2:
         raise ValueError(
@@ -207,7 +208,7 @@ class _Probe:
         most = max_experts if self.site.routed else 1
         if not self.sums:
             return torch.zeros(most, 1, dtype=torch.float64)
-        return gain_table([Sums(*(s.double().cpu() for s in sums)) for sums in self.sums.values()], most)
+        return gain_table([Sums(*(s.cpu().double() for s in sums)) for sums in self.sums.values()], most)
 
 
 def _add(sums: dict[str, Sums], name: str, x: Tensor, g: Tensor, cells: Tensor, half: int) -> None:
@@ -234,7 +235,7 @@ class _Cells:
     def __init__(self, sample: Tensor, draw: torch.Generator) -> None:
         self.mean = sample.mean(0)
         centred = sample - self.mean
-        values, vectors = torch.linalg.eigh((centred.T @ centred / len(sample)).double().cpu())
+        values, vectors = torch.linalg.eigh((centred.T @ centred / len(sample)).cpu().double())
         values = values.clamp(min=0) + 1e-3 * values.mean() + 1e-30
         self.whiten = (vectors / values.sqrt()).to(sample)
         self.centres = k_means(centred @ self.whiten, CELLS, draw)
@@ -248,7 +249,7 @@ def k_means(x: Tensor, k: int, draw: torch.Generator, steps: int = 20) -> Tensor
     """`[k, d]` centres of the points `x [T, d]`, started by k-means++; with fewer than k different points some coincide."""
     centres = x[:1]
     for _ in range(k - 1):
-        distance = torch.cdist(x, centres).amin(1).square().double().cpu() + 1e-12
+        distance = torch.cdist(x, centres).amin(1).square().cpu().double() + 1e-12
         centres = torch.cat((centres, x[torch.multinomial(distance, 1, generator=draw).to(x.device)]))
     for _ in range(steps):
         member = nn.functional.one_hot(torch.cdist(x, centres).argmin(1), k).to(x.dtype)

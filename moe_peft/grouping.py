@@ -79,7 +79,7 @@ def join(parts: Sequence[Sums], half: int, most: int) -> list[Tensor]:
         For 1..`most` groups, the memberships `[groups, cells]` of 0 and 1.
     """
     cells = parts[0].counts.shape[1]
-    groups = [row for row in torch.eye(cells, dtype=parts[0].G.dtype)]
+    groups = list(torch.eye(cells, dtype=parts[0].G.dtype))
     alone = _fitted(parts, torch.stack(groups), half).tolist()
     lost: dict[tuple[int, int], float] = {}  # by number of group; numbers are not used again
     new, live, found = range(cells), list(range(cells)), {}

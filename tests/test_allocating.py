@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from moe_peft import FfnMoeConfig, LinearMoeConfig, allocate, allocating, cli, gain
-from moe_peft.allocating import buy, concave, find_sites, without_weights
+from moe_peft.adapted_layers import find_sites, without_weights
+from moe_peft.allocating import buy, concave
 from moe_peft.budget import count_config
 from moe_peft.catalogue import adapter_config
 from moe_peft.gain import Site, k_means, measure_gain
@@ -130,8 +131,9 @@ def test_gradients_are_those_of_the_weights(monkeypatch):
         for again in (0, 1):
             for half, batch in enumerate(batches):
                 gain._backward(model, batch, probes, half % 2)
-            [probe.find_cells() for probe in probes if not again]
-    for half, batch in enumerate(batches):
+            for probe in () if again else probes:
+                probe.find_cells()
+    for batch in batches:
         n = batch["labels"][:, 1:].numel()
         (n * model(**batch).loss).backward()
     for name, probe in zip(names, probes, strict=True):
@@ -276,6 +278,29 @@ def test_layers_that_are_not_adapted_are_left_out():
     assert len(found.config.num_experts) == 4
     assert found.config.num_experts[0] == found.config.num_experts[2] == 2
     assert found.trainable == found.budget
+
+
+def test_the_copy_that_is_counted_on_has_no_weights():
+    model = make_tiny_llama(layers=1)
+    model.lm_head.state = SimpleNamespace(CB=torch.zeros(3))  # as bitsandbytes' 8-bit layers
+    skeleton = without_weights(model)
+    tensors = [*skeleton.parameters(), *skeleton.buffers(), skeleton.lm_head.state.CB]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert model.lm_head.weight.device.type == model.lm_head.state.CB.device.type == "cpu"
+
+
+def test_the_linears_of_an_ffn_block_follow_the_cells_of_its_input():
+    model = make_tiny_llama(layers=2)
+    names = tuple(f"model.layers.0.mlp.{name}" for name in FFN)
+    probes = [gain._Probe(Site(0, names, readers=2), 0), gain._Probe(Site(0, names[:1]), 0)]
+    with gain._watching(model, probes):
+        for again in (0, 1):
+            gain._backward(model, text(1)[0], probes, 0)
+            for probe in () if again else probes:
+                probe.find_cells()
+    counts = [probes[0].sums[name].counts for name in names] + [probes[1].sums[names[0]].counts]
+    assert all(torch.equal(counts[0], other) for other in counts)
+    assert int((counts[0] > 0).sum()) > 10
 
 
 def test_an_ffn_block_is_one_site_and_attention_has_no_experts():
