@@ -13,6 +13,7 @@ for name in ("linear_moe", "ffn_moe", "rank_moe", "shard_pool"):
     registration.reserve(name)
 
 from moe_peft.adding import add_experts, freeze_experts  # noqa: E402  (the enum members must exist first)
+from moe_peft.allocating import allocate  # noqa: E402
 from moe_peft.callbacks import MoeCallback, install  # noqa: E402
 from moe_peft.catalogue import from_catalogue  # noqa: E402
 from moe_peft.collator import TaskTypeCollator  # noqa: E402
@@ -56,6 +57,7 @@ __all__ = [
     "ShardPoolModel",
     "TaskTypeCollator",
     "add_experts",
+    "allocate",
     "consistency_loss",
     "expert_scores",
     "freeze_experts",

@@ -15,8 +15,8 @@ import torch
 from trl import SFTConfig, TrlParser  # pyright: ignore[reportPrivateImportUsage]
 
 from moe_peft.catalogue import RECIPE_FILE, AdapterSource, adapter_config, methods
-from moe_peft.errors import nearest, refuse
-from moe_peft.plain_yaml import load, load_settings
+from moe_peft.errors import nearest
+from moe_peft.plain_yaml import load_settings, pairs
 
 
 PROGRAM = "moe-peft train"
@@ -100,9 +100,9 @@ def parse(argv: Sequence[str], program: str = PROGRAM) -> Settings:
     own: dict[str, Any] = {}
     if first.config is not None:
         own = _from_file(first.config)
-    own_overrides = _pairs(own.pop("set", {}))
+    own_overrides = pairs(own.pop("set", {}))
     spec = first.adapter if _mentions(argv, "adapter") else own.get("adapter", first.adapter)
-    overrides = {**own_overrides, **_pairs(first.set)}
+    overrides = {**own_overrides, **pairs(first.set)}
     source = adapter_config(spec, **overrides)
     _apply(parser, source.recipe, f"{RECIPE_FILE} of '{source.name}'")
     _apply(parser, own, str(first.config))
@@ -219,19 +219,6 @@ def _from_file(path: str) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"`--config` is '{path}', but there is no such file. Give a YAML file with settings.")
     return load_settings(file.read_text(encoding="utf-8"), path)
-
-
-def _pairs(overrides: list[str] | dict[str, Any]) -> dict[str, Any]:
-    """`["r=8", "num_experts=2:4"]` -> `{"r": 8, "num_experts": "2:4"}`."""
-    if isinstance(overrides, dict):
-        return overrides
-    pairs = {}
-    for text in overrides:
-        key, sign, value = text.partition("=")
-        if not sign or not key.strip():
-            raise refuse("--set", text, "a field of the adapter and its value", "Write `--set num_experts=4`.")
-        pairs[key.strip()] = load(value)
-    return pairs
 
 
 def _of_this_machine() -> dict[str, Any]:

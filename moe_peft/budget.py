@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
+from moe_peft.allocation import Allocation, parse
 from moe_peft.config import MoeConfig
 from moe_peft.errors import refuse
 from moe_peft.shard_config import ShardPoolConfig
@@ -97,29 +98,51 @@ def equal_budget_lora(
 def fit_to_budget(backbone: nn.Module, config: ConfigT, budget: int) -> ConfigT:
     """A copy of `config` with the rank whose trainable parameters come closest to `budget`; all else as it was.
 
-    The scale of the experts is kept. A rank that differs between layers is scaled as a whole.
+    The scale of the experts is kept. A rank that differs between layers is scaled as a whole: with the largest one k, all
+    are multiplied by 1/k, 2/k, ... and rounded, to at least 1.
 
     Raises:
-        ValueError: if even rank 1 costs more than 1.5 times the budget.
+        ValueError: if even rank 1 (of the largest one) costs more than 1.5 times the budget.
     """
+    largest = max(parse(config.r, "r"))
 
     def with_rank(r: int) -> Any:
         if isinstance(config, ShardPoolConfig):
             return config.with_budget_of(r)
         fitted = copy.deepcopy(config)
-        old = config.r if isinstance(config.r, int) else 1
-        ratio = r / old
-        fitted.r, fitted.lora_alpha = r, config.lora_alpha * (ratio**0.5 if config.use_rslora else ratio)
+        ratio = r / largest
+        fitted.r, fitted.lora_alpha = (
+            _scaled(config.r, ratio),
+            config.lora_alpha * (ratio**0.5 if config.use_rslora else ratio),
+        )
         return fitted
 
-    if not isinstance(config.r, int):
-        raise refuse("r", config.r, "one number when it is to be fitted to a budget", "Set `r` to a number.")
-    one, two = (count_config(backbone, with_rank(r)).trainable for r in (1, 2))
+    def cost(r: int) -> int:
+        return count_config(backbone, with_rank(r)).trainable
+
+    one, full = cost(1), cost(2 * largest)
     if one > 1.5 * budget:
         raise refuse(
             "budget", budget, f"at least {one}, what rank 1 costs", "Use fewer experts or adapt fewer modules."
         )
-    return with_rank(max(1, round(1 + (budget - one) / (two - one))))
+    near = max(1, round(1 + (budget - one) * (2 * largest - 1) / (full - one)))
+    if isinstance(config.r, int):
+        return with_rank(near)
+    while (
+        cost(near) < budget
+    ):  # rounding bends the line: from below, the first that reaches the budget, or the one before
+        near += 1
+    while near > 1 and cost(near - 1) >= budget:
+        near -= 1
+    return with_rank(min((near, max(1, near - 1)), key=lambda r: abs(cost(r) - budget)))
+
+
+def _scaled(r: Allocation, ratio: float) -> Allocation:
+    """An allocation of ranks times `ratio`, written as it was."""
+    numbers = [max(1, round(n * ratio)) for n in parse(r, "r")]
+    if isinstance(r, int):
+        return numbers[0]
+    return ":".join(map(str, numbers)) if isinstance(r, str) else numbers
 
 
 def budget_line(model: PeftModel, adapter_name: str = "default") -> str:

@@ -105,6 +105,36 @@ def inspect(
 
 
 @app.command()
+def allocate(
+    data: Annotated[str, typer.Option(help="Text to measure on, as for `train --dataset`: the training data.")],
+    output: Annotated[Path, typer.Option(help="A new or empty folder for the config, the figures and the picture.")],
+    adapter: Annotated[str, typer.Option(help="As for `train --adapter`.")] = "mola",
+    model: Annotated[str, typer.Option(help="The backbone.")] = "pocket",
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Trained parameters at most, or as many as an allocation costs: =5:5:5:5. Default: as it is."
+        ),
+    ] = None,
+    choose: Annotated[str, typer.Option(help="experts, rank or both.")] = "experts",
+    min_experts: Annotated[int | None, typer.Option(help="Per layer; by default the fewest allowed.")] = None,
+    max_experts: Annotated[int | None, typer.Option(help="Per layer; by default 8, or the most named.")] = None,
+    max_rank: Annotated[int | None, typer.Option(help="Per layer; by default twice the largest named.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Change a field of the adapter: --set r=4.")] = None,
+    limit: Annotated[int, typer.Option(help="At most this many rows of text.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Rows per pass.")] = 8,
+    load_in: Annotated[str, typer.Option(help="4bit, 8bit or none.")] = "4bit",
+) -> None:
+    """Experts or rank for each layer, by what the layers of the frozen model have to gain from your data."""
+    from moe_peft.allocating_report import allocate_adapter
+
+    bounds = (min_experts, max_experts, max_rank)
+    allocate_adapter(
+        Console(), adapter, model, data, output, budget, choose, *bounds, set_ or [], limit, batch_size, load_in
+    )
+
+
+@app.command()
 def merge(
     adapter: Annotated[str, typer.Argument(help="The folder of an adapter, or an id on the Hub.")],
     output: Annotated[Path, typer.Option(help="Gets the plain LoRA and, if it was fitted, moe_peft_merge.json.")],

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from moe_peft.errors import refuse
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader with resolvers of its own; the parent's are replaced, not added to."""
@@ -57,4 +59,21 @@ def load_settings(text: str, origin: str) -> dict[str, Any]:
         raise ValueError(
             f"{origin} must hold settings, one `name: value` a line, but holds a {type(values).__name__}."
         )
+    return values
+
+
+def pairs(overrides: list[str] | dict[str, Any]) -> dict[str, Any]:
+    """`["r=8", "num_experts=2:4"]` -> `{"r": 8, "num_experts": "2:4"}`; a mapping as it is.
+
+    Raises:
+        ValueError: if a text has no name or no equals sign.
+    """
+    if isinstance(overrides, dict):
+        return overrides
+    values = {}
+    for text in overrides:
+        key, sign, value = text.partition("=")
+        if not sign or not key.strip():
+            raise refuse("--set", text, "a field of the adapter and its value", "Write `--set num_experts=4`.")
+        values[key.strip()] = load(value)
     return values

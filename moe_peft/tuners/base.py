@@ -27,6 +27,12 @@ after_injection: list[Callable[[bool], None]] = []
 """Called after each injection with whether the adapter is to be trained; the package puts its trainer hook here."""
 
 
+def layer_place(key: str) -> tuple[str, int] | None:
+    """`("model.layers", 3)` of `"model.layers.3.mlp.up_proj"`; None for a name without a layer number."""
+    match = _LAYER_NUMBER.match(f".{key}")
+    return None if match is None else (match["layers"][1:], int(match["number"]))
+
+
 def misfit(adapter_name: str, problems: list[str], shown: int = 20) -> str:
     """Why a weights file was not loaded, a line for each tensor."""
     more = [f"and {len(problems) - shown} more"] if len(problems) > shown else []
@@ -157,14 +163,14 @@ class MoeTuner(BaseTuner):
         """The number of experts and the rank for the layer that `key` names."""
         if is_uniform(config.num_experts) and is_uniform(config.r):
             return parse(config.num_experts, "num_experts")[0], parse(config.r, "r")[0]
-        match = _LAYER_NUMBER.match(f".{key}")
-        if match is None:
+        place = layer_place(key)
+        if place is None:
             raise ValueError(
                 f"`num_experts` = {config.num_experts!r} and `r` = {config.r!r} differ between layers, but the target "
                 f"'{key}' has no layer number in its name. Use one number for both, or exclude that module."
             )
-        layers = self.model.get_submodule(match["layers"][1:])
-        total, number = len(list(layers.children())), int(match["number"])
+        layers, number = place
+        total = len(list(self.model.get_submodule(layers).children()))
         return expand(config.num_experts, total, "num_experts")[number], expand(config.r, total, "r")[number]
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
