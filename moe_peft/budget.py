@@ -50,8 +50,9 @@ def count_parameters(model: nn.Module, adapter_name: str = "default") -> Paramet
     for layer in layers:
         experts = layer.experts(adapter_name)
         router += sum(p.numel() for name, p in experts.named_parameters() if name.startswith("router"))
-        unused = len(experts.lora_A) - experts.num_shared - experts.visited
-        idle += unused * (experts.lora_A[0].numel() + experts.lora_B[0].numel())
+        unused = len(experts.lora_B) - experts.num_shared - experts.visited
+        each = experts.lora_B[0].numel() + (experts.lora_A[0].numel() if len(experts.lora_A) > 1 else 0)
+        idle += unused * each  # an A that all share is never idle
     return ParameterCount(trainable, router, trainable - idle, len(layers))
 
 
