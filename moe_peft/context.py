@@ -136,7 +136,9 @@ def check_types(types: Tensor, count: int | None = None) -> None:
     here = types.device.type == "cpu" and types.numel() and not torch.compiler.is_compiling()
     if whole and not (here and (int(types.min()) < 0 or count is not None and int(types.max()) >= count)):
         return
-    allowed = "whole numbers from 0" if count is None else f"whole numbers from 0 to {count - 1}, as `expert_groups` has"
+    allowed = (
+        "whole numbers from 0" if count is None else f"whole numbers from 0 to {count - 1}, as `expert_groups` has"
+    )
     raise refuse("task_types", types.flatten().tolist()[:8], allowed, "Number the types from 0.")
 
 
@@ -426,7 +428,9 @@ def _leading_prompt(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
     prompt = (labels == -100).long().cumprod(1).bool()
     seen = prompt & attention_mask.bool() if _same_shape(attention_mask, prompt) else prompt
     if not torch.compiler.is_compiling() and not bool(seen.any(1).all()):
-        remedy = "Mask the prompt in `labels` with -100 (TRL: `completion_only_loss=True`), or pass a bool `prompt_mask`."
+        remedy = (
+            "Mask the prompt in `labels` with -100 (TRL: `completion_only_loss=True`), or pass a bool `prompt_mask`."
+        )
         raise no_single_prompt("a row has no prompt before its first label", remedy)
     return prompt
 

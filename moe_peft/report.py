@@ -90,7 +90,9 @@ def routing_report(
     experts = {name: e for name, e in experts.items() if e.router is not None}
     routing = next(iter(layers.values())).experts(adapter_name).routing
     if not experts and routing in ("given", "random"):
-        raise refuse("routing", routing, "one with a router for a report", "There is no router whose choices could be shown.")
+        raise refuse(
+            "routing", routing, "one with a router for a report", "There is no router whose choices could be shown."
+        )
     if not experts:
         raise ValueError(
             f"Adapter '{adapter_name}' has one expert in every layer, so nothing is routed and there is nothing to "

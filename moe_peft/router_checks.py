@@ -270,7 +270,11 @@ def check_balance(config: Any) -> None:
     if config.balance == "mi" and (config.routing == "sigmoid_top_k" or config.scoring_func == "sigmoid"):
         raise refuse("balance", "mi", f"'switch' or 'bias' {rule}", "Sigmoid scores are no distribution over experts.")
     coef = config.router_aux_loss_coef
-    if config.routing == "top_1_hard" and not config.freeze_router and (config.balance in ("none", "cv2") or coef == 0):
+    if (
+        config.routing == "top_1_hard"
+        and not config.freeze_router
+        and (config.balance in ("none", "cv2") or coef == 0)
+    ):
         field, value, allowed = ("balance", config.balance, "'switch'")
         if not coef:
             field, value, allowed = ("router_aux_loss_coef", coef, "above 0")

@@ -186,7 +186,7 @@ def selection_biases():
     update_selection_bias(model)
     model(**batch_of(dist.get_rank()))  # DDP sends buffers around at the next pass
     for router in find_routers(alone).values():
-        router.move_bias(router.state.step_counts)
+        router.move_bias(router.state.step_counts.float())  # as they are sent
     return [[router.selection_bias.tolist() for router in find_routers(m).values()] for m in (model, alone)]
 
 

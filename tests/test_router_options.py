@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import re
 
 import pytest
 import torch
@@ -392,7 +393,10 @@ def test_null_experts_come_to_their_target():
 def test_schedules_without_a_trainer():
     model = make_model(num_experts=6, top_k=2, top_k_start=6, router_temperature_start=4.0, router_scale=2.0,
                        schedule_steps=10, target_modules=["q_proj"])  # fmt: skip
-    router, state = next(iter(find_routers(model).values())), next(m.context for m in model.modules() if hasattr(m, "context"))
+    router, state = (
+        next(iter(find_routers(model).values())),
+        next(m.context for m in model.modules() if hasattr(m, "context")),
+    )
     for step, slots, temperature in [(0, 6, 4.0), (5, 4, 2.25), (10, 2, 0.5), (99, 2, 0.5), (None, 2, 0.5)]:
         set_step(model, step)
         assert router.slots(state) == slots
@@ -462,7 +466,9 @@ def test_two_passes_before_one_backward_keep_their_prompts(mode):
 
 def test_what_cannot_be_routed_by_sequence_is_refused():
     model, batch = make_model(**SEQUENCE), padded()
-    with pytest.raises(ValueError, match="`router_granularity` is 'sequence', but must be 'token' where the model is not told"):
+    with pytest.raises(
+        ValueError, match="`router_granularity` is 'sequence', but must be 'token' where the model is not told"
+    ):
         model(input_ids=batch["input_ids"])  # as DPO calls it
     model(input_ids=batch["input_ids"], prompt_mask=batch["labels"] == -100).logits.sum().backward()
     with pytest.raises(ValueError, match="'token' where a row has no prompt .* Mask the prompt in `labels`"):
@@ -539,7 +545,10 @@ def test_a_group_follows_the_router_of_its_first_layer():
     shared(**padded()).loss.backward()
     apart(**padded()).loss.backward()
     for first in routers:
-        names = [first, *(first.replace(a, b) for a, b in (("q_proj", "k_proj"), ("q_proj", "v_proj"), ("gate", "up")))]
+        names = [
+            first,
+            *(first.replace(a, b) for a, b in (("q_proj", "k_proj"), ("q_proj", "v_proj"), ("gate", "up"))),
+        ]
         wanted = sum(every[name].router.grad for name in set(names))
         torch.testing.assert_close(routers[first].router.grad, wanted, **EXACT)
 
@@ -636,7 +645,9 @@ def test_rows_of_a_mixed_batch_are_as_if_alone(settings):
     """Each row knows its own padding, type, prompt and embeddings."""
     model = make_model(**settings).eval()
     torch.manual_seed(9)
-    model.add_adapter("b", LinearMoeConfig(**{"target_modules": ALL, "num_experts": 4, "init_weights": False, **settings}))
+    model.add_adapter(
+        "b", LinearMoeConfig(**{"target_modules": ALL, "num_experts": 4, "init_weights": False, **settings})
+    )
     batch, names = padded(), ["default", "b", "default"]
     del batch["labels"]
     if "routing" in settings or "expert_groups" in settings:
@@ -681,7 +692,10 @@ def test_a_model_that_hides_its_embeddings_is_told_so(monkeypatch):
     ("types", "sentence"),
     [
         (None, "`expert_groups` is 'given', but must be None where the model is not told .*`with moe_peft.task_types"),
-        (torch.tensor([0, 1, 2]), "`task_types` is .*0, 1, 2.*, but must be whole numbers from 0 to 1, as `expert_groups`"),
+        (
+            torch.tensor([0, 1, 2]),
+            "`task_types` is .*0, 1, 2.*, but must be whole numbers from 0 to 1, as `expert_groups`",
+        ),
         (torch.tensor([0, 1, -1]), "`task_types` is .*-1.*, but must be whole numbers from 0"),
         (torch.tensor([0.0, 1.0, 1.0]), "`task_types` is .*1.0.*, but must be whole numbers"),
         (torch.tensor([0, 1]), r"`task_types` is \[2\], but must be of the shape of 3 numbers"),
@@ -697,7 +711,10 @@ def test_wrong_task_types_are_refused(types, sentence, config_class):
 @pytest.mark.parametrize("types", [[0, 1], [0, 1, 0, 1, 0, 1]])
 def test_fixed_types_fit_the_rows(types):
     model = make_model(**GROUPS).eval()
-    with task_types(model, types), pytest.raises(ValueError, match=r"`task_types` is \[\d\], but must be .* 3 numbers"):
+    with (
+        task_types(model, types),
+        pytest.raises(ValueError, match=r"`task_types` is \[\d\], but must be .* 3 numbers"),
+    ):
         model(**padded())
 
 
@@ -715,3 +732,159 @@ def test_contexts_go_with_their_models():
     del model
     gc.collect()
     assert len(context._live) == before
+
+
+# --- what a config refuses ---
+
+
+def refusal(field, value, rest):
+    return f"`{field}` is {re.escape(repr(value))}, but must be .*{rest}"
+
+
+BAD = {
+    "routed_scaling_factor": ([0, -1, "2", None, True, float("nan")], "a positive number"),
+    "sparsegen_lambda": ([1, 1.5, "0", float("inf")], "a number below 1"),
+    "router_act": (["relu", 3, ["tanh"]], "None or one of 'tanh'"),
+    "router_granularity": (["row", None, ["token"]], "'token' or 'sequence'"),
+    "router_jitter_noise": ([1.0, -0.1, "a", None, True], "at least 0 and below 1"),
+    "num_null_experts": ([-1, 1.0, "1", True, None], "a whole number of at least 0"),
+    "num_constant_experts": ([-1, 1.0, "1", True, None], "a whole number of at least 0"),
+    "schedule_steps": ([-1, 1.5, "3", True, None], "a whole number of at least 0"),
+    "router_z_loss_coef": ([-1, "a", None, True], "at least 0"),
+    "router_entropy_coef": ([-1, "a", None, True], "at least 0"),
+    "bias_update_speed": ([-1, "a", None, True, float("nan")], "at least 0"),
+    "freeze_router": ([1, "no", None], "True or False"),
+    "router_bias": ([1, "no", None], "True or False"),
+    "share_A": ([1, "no", None], "True or False"),
+    "router_scope": (["layer", None, ["x"]], "one of 'linear', 'group', 'block', 'model'"),
+    "balance": (["even", ["switch"], 3], "one of 'switch'"),
+    "expert_groups": (
+        [[], [[]], [[8]], [[-1]], [[True]], [["0"]], [0], "0", ((0,),)],
+        "a list of lists that are not empty, with whole numbers from 0 to 7",
+    ),
+}
+WRONG = [
+    (
+        {"sparsegen_lambda": value} | {"routing": "sparsegen"} if field == "sparsegen_lambda" else {field: value},
+        field,
+        rest,
+    )
+    for field, (values, rest) in BAD.items()
+    for value in values
+]
+DENSE = {"routing": "softmax"}
+NULL = {"num_null_experts": 2, "top_k": 3}
+WRONG += [
+    ({"scoring_func": "relu", "routing": "all"}, "scoring_func", "one of 'softmax', 'sigmoid', 'cosine'"),
+    ({"scoring_func": "sigmoid"}, "scoring_func", "one of 'softmax', 'cosine' with `routing` = 'softmax_top_k'"),
+    ({"scoring_func": "softmax", "routing": "sparsegen"}, "scoring_func", "left out .* which says it"),
+    ({"norm_topk_prob": True}, "norm_topk_prob", "left out with .* which says it"),
+    ({"norm_topk_prob": 1, "routing": "top_k"}, "norm_topk_prob", "True or False"),
+    *(
+        (
+            {"routed_scaling_factor": 2.0, "routing": rule, "balance": None},
+            "routed_scaling_factor",
+            "1.0 .*`lora_alpha`",
+        )
+        for rule in ("top_1_hard", "top_1_straight_through", "sparsegen", "random", "given")
+    ),
+    ({"top_p": 0.5}, "top_p", "left out with .*Remove `top_p`"),
+    ({"sparsegen_lambda": 0.5}, "sparsegen_lambda", "left out with .*'sparsegen'"),
+    *(
+        ({"routing": routing, name: value}, name, f"left out with `routing` = '{routing}', which has no router")
+        for routing in ("random", "given")
+        for name, value in {
+            "router_bias": True,
+            "router_act": "tanh",
+            "router_jitter_noise": 0.1,
+            "freeze_router": True,
+            "router_init_std": 0.02,
+            "router_scale": 2.0,
+            "router_granularity": "sequence",
+        }.items()
+    ),
+    (
+        {"routing": "random", "router_temperature_start": 2.0, "schedule_steps": 3},
+        "router_temperature_start",
+        "left out .* which has no router",
+    ),
+    ({"routing": "random", "router_scope": "block"}, "router_scope", "'linear' with .* no router to share"),
+    ({"routing": "random", "balance": "cv2"}, "balance", "'none' .*no router that a balance could teach"),
+    ({"routing": "random", "router_entropy_coef": 0.1}, "router_entropy_coef", "0 with `routing` = 'random'"),
+    ({**DENSE, "num_null_experts": 2}, "num_null_experts", "0 with `routing` = 'softmax'"),
+    ({"num_experts": "1:4", "num_null_experts": 2}, "num_null_experts", "0 with .* gives some layers only 1"),
+    ({"num_experts": 2, "top_k": 4, "num_null_experts": 2}, "top_k", "below 4, the sum of 2 null"),
+    ({"routing": "top_1", "num_constant_experts": 1}, "num_constant_experts", "0 with `routing` = 'top_1'"),
+    (
+        {**DENSE, "num_experts": "1:4", "num_constant_experts": 1},
+        "num_constant_experts",
+        "0 with .* some layers only 1",
+    ),
+    (
+        {**DENSE, "num_constant_experts": 2, "balance": "localized"},
+        "num_constant_experts",
+        "0 with `balance` = 'localized'",
+    ),
+    ({**NULL, "balance": "cv2"}, "balance", "'switch' or 'bias' with null experts"),
+    ({"scoring_func": "cosine", "router_init_std": 0}, "router_init_std", "above 0 with `scoring_func` = 'cosine'"),
+    ({"routing": "given", "num_experts": "2:4"}, "num_experts", "one number with `routing` = 'given'"),
+    (
+        {"num_experts": "2:4", "expert_groups": [[0], [2]]},
+        "expert_groups",
+        "from 0 to 1, the last expert of the small",
+    ),
+    ({**DENSE, "balance": "localized", "expert_groups": [[0], [1]]}, "balance", "another with `expert_groups`"),
+    ({"schedule_steps": 5}, "schedule_steps", "0 without a start.*`top_k_start` or"),
+    ({"top_k_start": 4}, "top_k_start", "left out with `schedule_steps` = 0"),
+    ({"router_temperature_start": 2.0}, "router_temperature_start", "left out with `schedule_steps` = 0"),
+    *(
+        ({"top_k_start": k, "schedule_steps": 5}, "top_k_start", "a whole number of at least 1")
+        for k in (0, -1, 2.0, "2", True)
+    ),
+    ({"top_k_start": 9, "schedule_steps": 5}, "top_k_start", "at most 8.*No layer has more"),
+    ({**DENSE, "top_k_start": 2, "schedule_steps": 5}, "top_k_start", "left out with .*has no `top_k`"),
+    *(
+        ({"router_temperature_start": t, "schedule_steps": 5}, "router_temperature_start", "a positive number")
+        for t in (0, -1, "2", True, float("inf"))
+    ),
+    ({**DENSE, "balance": "sequence"}, "balance", "'localized', 'cv2', 'mi' or 'none' .*is constant"),
+    ({**DENSE, "balance": "bias"}, "balance", "'localized', 'cv2', 'mi' or 'none' .*is constant"),
+    ({"routing": "sparsegen", "balance": "switch"}, "balance", "'cv2', 'mi' or 'none'"),
+    ({"routing": "top_1_hard", "balance": "bias"}, "balance", "'switch' .*The bias needs"),
+    ({"routing": "top_1_hard", "balance": "cv2"}, "balance", "'switch' with `routing` = 'top_1_hard'"),
+    ({"routing": "sigmoid_top_k", "balance": "mi"}, "balance", "'switch' or 'bias' .*no distribution"),
+    ({"routing": "sigmoid_top_k", "router_z_loss_coef": 0.1}, "router_z_loss_coef", "0 with .*'sigmoid_top_k'"),
+    ({"routing": "sparsegen", "router_z_loss_coef": 0.1}, "router_z_loss_coef", "0 with `routing` = 'sparsegen'"),
+    ({"balance": "bias", "balance_weights": [1.0] * 8}, "balance_weights", "left out with `balance` = 'bias'"),
+    ({"balance_weights": [1.0] * 7}, "balance_weights", "one positive number for each of 8 choices"),
+    ({"balance_weights": [0] * 8}, "balance_weights", "one positive number for each of 8 choices"),
+    ({"balance_weights": 2.0}, "balance_weights", "one positive number for each of 8 choices"),
+    ({**NULL, "balance_weights": [1.0] * 8}, "balance_weights", "one positive number for each of 10 choices"),
+    ({"num_experts": "2:4", "balance_weights": [1.0] * 4}, "balance_weights", "each of 2 or 4 choices"),
+    ({"target_active": 1.0}, "target_active", "left out with `balance` = 'switch' and `num_null_experts` = 0"),
+    ({"balance": "bias", "target_active": 1.0}, "target_active", "left out .*add null experts"),
+    *(
+        ({**NULL, "balance": "bias", "target_active": x}, "target_active", "above 0 and below `top_k` = 3")
+        for x in (0, 3, "a", True)
+    ),
+    ({"share_A": True, "num_shared_experts": 1}, "num_shared_experts", "0 with `share_A` = True"),
+    ({"router_scope": "model", "router_jitter_noise": 0.1}, "router_jitter_noise", "0 with `router_scope` = 'model'"),
+]
+
+
+@pytest.mark.parametrize(("given", "field", "rest"), WRONG, ids=[str(case[0]) for case in WRONG])
+def test_a_wrong_value_or_pair_is_refused(given, field, rest):
+    with pytest.raises(ValueError, match=refusal(field, given[field], rest)):
+        LinearMoeConfig(**given)
+
+
+def test_a_block_is_not_scaled():
+    with pytest.raises(ValueError, match=refusal("routed_scaling_factor", 2.0, "1.0 in FfnMoeConfig.*`lora_alpha`")):
+        FfnMoeConfig(routed_scaling_factor=2.0)
+
+
+def test_layers_with_one_decision_have_equally_many_experts():
+    with pytest.raises(
+        ValueError, match="`router_scope` is 'model', but must be 'linear' or 'block' where `num_experts`"
+    ):
+        make_model(num_experts="2:4", top_k=2, router_scope="model")

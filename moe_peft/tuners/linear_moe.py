@@ -222,7 +222,10 @@ class LinearMoeLinear(MoeTunerLayer):
             )
         if scope == "model":
             router = first.experts(adapter_name)
-            router.share, router.state.window = 1 / unit.members[adapter_name], LOAD_WINDOW * unit.members[adapter_name]
+            router.share, router.state.window = (
+                1 / unit.members[adapter_name],
+                LOAD_WINDOW * unit.members[adapter_name],
+            )
         return False, 0
 
     def holds(self, adapter_name: str) -> bool:
