@@ -10,6 +10,7 @@ from conftest import make_tiny_llama
 from families import make_family
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import LlamaConfig, LlamaForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 from moe_peft import FfnMoeConfig, LinearMoeConfig, context, task_types
 from moe_peft.attach import RoutingContext
@@ -478,8 +479,8 @@ def test_what_cannot_be_routed_by_sequence_is_refused():
         model(input_ids=batch["input_ids"][1:2], labels=batch["labels"][1:2], position_ids=positions)
     left = batch["attention_mask"].cumsum(1).sub(1).clamp(min=0)
     model(**batch, position_ids=left)  # zeros under padding are no new sample
+    bloom = make_model(base=make_family("bloom"), target_modules="all-linear", **SEQUENCE)
     with pytest.raises(ValueError, match="`router_granularity` is 'sequence', but must be 'token'"):
-        bloom = make_model(base=make_family("bloom"), target_modules="all-linear", **SEQUENCE)
         bloom(input_ids=batch["input_ids"] % 60, labels=batch["labels"].clamp(max=60))
 
 
@@ -722,6 +723,49 @@ def test_localized_is_about_samples():
     model = make_model(routing="softmax", balance="localized")
     with pytest.raises(ValueError, match=r"`task_types` is \[3, 10\], but must be of the shape of one number per row"):
         model(**padded(task_types=torch.zeros(3, 10, dtype=torch.long)))
+
+
+def make_t5(**settings):
+    torch.manual_seed(0)
+    config = T5Config(d_model=32, d_ff=64, num_layers=2, num_heads=4, d_kv=8, vocab_size=64, decoder_start_token_id=0)
+    return make_model(base=T5ForConditionalGeneration(config), target_modules=["q", "k", "v", "wi", "wo"], **settings)
+
+
+def test_an_encoder_decoder_is_refused_in_words():
+    tokens = torch.ones(2, 6, dtype=torch.long)
+    for scope in ("group", "block", "model"):
+        with pytest.raises(
+            ValueError, match=f"`router_scope` is '{scope}', but must be 'linear' for an encoder-decoder"
+        ):
+            make_t5(router_scope=scope)
+    model = make_t5(**SEQUENCE)
+    with pytest.raises(ValueError, match="`router_granularity` is 'sequence', but must be 'token' where .* a decoder"):
+        model(input_ids=tokens, labels=tokens[:, :4])
+
+
+def test_task_types_reach_an_encoder_decoder_or_it_says_so():
+    model, tokens = make_t5(**GROUPS), torch.arange(1, 13).view(2, 6)
+    with task_types(model, [0, 1]):
+        model(input_ids=tokens, labels=tokens[:, :4]).loss.backward()
+    assert all(router.router.grad.any() for router in find_routers(model).values())
+
+
+def test_a_classifier_reads_all_of_a_row():
+    torch.manual_seed(0)
+    base = LlamaForSequenceClassification(
+        LlamaConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            vocab_size=100,
+            pad_token_id=0,
+            num_labels=3,
+        )  # fmt: skip
+    )
+    model = make_model(base=base, target_modules=["q_proj"], **SEQUENCE)
+    model(input_ids=padded()["input_ids"], labels=torch.tensor([0, 1, 2])).loss.backward()
+    assert all(router.router.grad.any() for router in find_routers(model).values())
 
 
 def test_contexts_go_with_their_models():
