@@ -246,6 +246,8 @@ class RoutingContext:
         """Arguments for the attention to hand over. As arguments they are replayed when a layer is recomputed."""
         extra: dict[str, Tensor] = {}
         if self.wants_prompt and self._routes_sequences(module):
+            if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+                raise no_single_prompt("the prompt and the answer stand in an encoder and a decoder", "Use 'token'.")
             _check_one_sample_per_row(given)
             prompt = self._prompt(module, given) if given.get("prompt_mask") is None else None
             if prompt is not None:
@@ -264,11 +266,14 @@ class RoutingContext:
         return any(layer.routes_sequences() for layer in layers)  # type: ignore[operator]
 
     def _prompt(self, module: nn.Module, given: dict[str, Any]) -> Tensor | None:
-        if given.get("labels") is not None:
-            return _leading_prompt(given["labels"], given.get("attention_mask"))
+        ids = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        labels = given.get("labels")
+        if labels is not None and labels.dim() == 1 and ids is not None:  # a class for each row, and all of it is read
+            return torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
+        if labels is not None:
+            return _leading_prompt(labels, given.get("attention_mask"))
         if module.training and torch.is_grad_enabled():
             raise no_prompt()
-        ids = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         if ids is None or given.get("past_key_values") is not None or self.prompt_length is None:
             return None
         self.prompt_length = self.prompt_length or ids.shape[1]  # 0 before the first pass of a call

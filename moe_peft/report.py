@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from moe_peft.errors import refuse
 from moe_peft.merge import on_device, routed_layers
 from moe_peft.watch import DEAD_SHARE
 
@@ -87,6 +88,11 @@ def routing_report(
     layers = routed_layers(model, adapter_name)
     experts = {name: layer.experts(adapter_name) for name, layer in layers.items()}
     experts = {name: e for name, e in experts.items() if getattr(e, "routes", False)}
+    routing = getattr(next(iter(layers.values())).experts(adapter_name), "routing", None)
+    if not experts and routing in ("given", "random"):
+        raise refuse(
+            "routing", routing, "one with a router for a report", "There is no router whose choices could be shown."
+        )
     if not experts:
         raise ValueError(
             f"Adapter '{adapter_name}' has one expert in every layer, so nothing is routed and there is nothing to "

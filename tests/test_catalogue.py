@@ -34,7 +34,9 @@ def test_an_entry_is_whole(name):
     written = json.loads((entry_folder(name) / "adapter_config.json").read_text())
     for key, value in written.items():
         held = getattr(config, key)
-        assert held in (value, set(value)) if key == "target_modules" and isinstance(value, list) else held == value, key
+        assert held in (value, set(value)) if key == "target_modules" and isinstance(value, list) else held == value, (
+            key
+        )
     assert recipe(name)["learning_rate"] > 0
     assert (entry_folder(name) / "README.md").is_file()
     assert catalogue.idea(name)
@@ -81,7 +83,10 @@ def test_overrides_are_checked_with_the_rest():
     ("call", "message"),
     [
         (lambda: from_catalogue("loramo"), "'loramo' is not in the catalogue. Did you mean 'loramoe'?"),
-        (lambda: recipe("xyz"), "'xyz' is not in the catalogue. Choose one of: 'adamoe', 'deepseek-v3', 'dynamic-moe', "),
+        (
+            lambda: recipe("xyz"),
+            "'xyz' is not in the catalogue. Choose one of: 'adamoe', 'deepseek-v3', 'dynamic-moe', ",
+        ),
         (lambda: from_catalogue("mola", num_expert=4), "`num_expert` is not a field of LinearMoeConfig. Did you mean"),
         (lambda: adapter_config("molara"), "'molara' is neither in the catalogue nor a folder. Did you mean 'molora'"),
         (lambda: adapter_config("./nowhere"), "'./nowhere' is neither in the catalogue nor a folder"),

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from moe_peft import FfnMoeConfig, LinearMoeConfig, MoeCallback, RankMoeConfig, grow
 from moe_peft.attach import set_aux_scale
-from moe_peft.watch import average_loads, find_routers, read_windows
+from moe_peft.watch import average_loads, find_routers, read_windows, update_selection_bias
 
 
 DDP = [(mode, unused) for unused in (False, True) for mode in ("none", "reentrant", "non-reentrant")]
@@ -37,6 +37,10 @@ RANKS = {
     "own": OWN,
     "grown": OWN,
 }
+
+
+SCOPES = [("block", "reentrant"), ("block", "non-reentrant"), ("model", "none"), ("model", "non-reentrant")]
+"""A router of the whole model is used by every layer, and torch marks its weight "ready twice" under "reentrant"."""
 
 
 def make_model(mode="none", dtype=torch.float64, ffn=False):
@@ -187,6 +191,43 @@ def under_the_trainer(folder):
     return difference(keep.gradients, mean_of_local(dtype=torch.float32)), keep.loads, callback.history
 
 
+def biased(mode="none", scope="linear"):
+    torch.manual_seed(2)
+    config = LinearMoeConfig(
+        num_experts=4, target_modules=["q_proj", "up_proj"], balance="bias", init_weights=False, router_scope=scope
+    )
+    model = get_peft_model(make_tiny_llama(layers=2, dtype=torch.float64), config)
+    if mode != "none":
+        model.base_model.model.gradient_checkpointing_enable({"use_reentrant": mode == "reentrant"})
+    return model.train()
+
+
+def selection_biases():
+    """After one step of both ranks, and after one of a process alone that saw both batches."""
+    model, alone = DistributedDataParallel(biased("non-reentrant")), biased()
+    model(**batch_of(dist.get_rank())).loss.backward()
+    for rank in range(2):
+        alone(**batch_of(rank)).loss.backward()
+    update_selection_bias(model)
+    model(**batch_of(dist.get_rank()))  # DDP sends buffers around at the next pass
+    for router in find_routers(alone).values():
+        router.move_bias(router.state.step_counts.float())  # as they are sent
+    return [[router.selection_bias.tolist() for router in find_routers(m).values()] for m in (model, alone)]
+
+
+def shared_router(scope, mode):
+    """Under DDP, the gradients of a router that several layers follow."""
+    model = DistributedDataParallel(biased(mode, scope))
+    model(**batch_of(dist.get_rank())).loss.backward()
+    own = biased("none", scope)
+    own(**batch_of(dist.get_rank())).loss.backward()
+    expected = gradients(own)
+    for gradient in expected.values():
+        dist.all_reduce(gradient)
+        gradient /= 2
+    return difference(gradients(model), expected)
+
+
 def work(rank, port, folder):
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
@@ -210,6 +251,8 @@ def work(rank, port, folder):
         parts[kind, "two passes"] = functools.partial(two_passes_under_ddp, kind)
         if kind != "grown":  # flat parameters must be trained or frozen as a whole
             parts[kind, "fsdp1 flat"] = functools.partial(under_fsdp1, False, ffn=kind)
+    parts["biases"] = selection_biases
+    parts |= {("scope", *how): functools.partial(shared_router, *how) for how in SCOPES}
     parts["trainer"] = functools.partial(under_the_trainer, folder)
     results = {}
     for name, part in parts.items():
@@ -320,3 +363,17 @@ def test_the_trainer_does_all_of_it(reports):
         assert loads == both[0][1]
         assert history == both[0][2]
         assert len(history) == 3
+
+
+def test_selection_biases_are_those_of_one_process_with_both_batches(reports):
+    both = of(reports, "biases")
+    assert both[0] == both[1]
+    ranks, alone = both[0]
+    assert ranks == alone
+    assert any(any(bias) for bias in ranks)
+
+
+@pytest.mark.parametrize(("scope", "mode"), SCOPES)
+def test_a_shared_router_has_the_mean_gradient(reports, scope, mode):
+    for found in of(reports, ("scope", scope, mode)):
+        assert found <= 1e-12

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import make_tiny_llama
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -19,6 +19,7 @@ from transformers import (
 from moe_peft import FfnMoeConfig, LinearMoeConfig, MoeCallback, RankMoeConfig, ShardPoolConfig, TaskTypeCollator
 from moe_peft.attach import RouterState
 from moe_peft.balance import switch_loss
+from moe_peft.balance_terms import updated_bias
 from moe_peft.pocket.tokenizer import make_tokenizer
 from moe_peft.tuners.linear_moe import RoutedLora
 from moe_peft.watch import find_routers
@@ -424,3 +425,97 @@ def test_task_types_are_refused_where_a_row_has_none(settings, message, tmp_path
     trainer.data_collator = TaskTypeCollator(trainer.data_collator)
     with pytest.raises(ValueError, match=message):
         trainer.train()
+
+
+class Biases(TrainerCallback):
+    """The selection biases and the counts behind them, at each step."""
+
+    def __init__(self):
+        self.counts, self.before, self.after = [], [], []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.counts.append([router.state.step_counts.clone() for router in find_routers(model).values()])
+        self.before.append([router.selection_bias.clone() for router in find_routers(model).values()])
+
+    def on_log(self, args, state, control, model=None, **kwargs):
+        self.after.append([router.selection_bias.clone() for router in find_routers(model).values()])
+
+
+@pytest.mark.parametrize("mode", [None, "reentrant", "non-reentrant"])
+def test_the_selection_bias_moves_once_per_optimizer_step(mode, tmp_path):
+    seen = Biases()
+    config = adapter(balance="bias", bias_update_speed=0.1)
+    settings = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_steps": 3}
+    trainer, recorder = make_trainer("SFT", tmp_path, mode, config=config, callbacks=[seen], **settings)
+    trainer.train()
+    assert len(seen.before) == 3
+    for step in range(3):
+        for counts, before, after in zip(seen.counts[step], seen.before[step], seen.after[step], strict=True):
+            assert int(counts[:-1].sum()) == 2 * int(counts[-1])  # two slots for each token, counted once
+            assert torch.equal(after, updated_bias(before, counts[:-1], counts[-1], 0.1, 4))
+    tokens = [sum(counts[0][-1] for counts in seen.counts[: step + 1]) for step in range(3)]
+    assert [next(iter(seen.values())) for seen in recorder.tokens] == [
+        int(total) - (int(tokens[step - 1]) if step else 0) for step, total in enumerate(tokens)
+    ]
+    assert all(bias.any() for bias in seen.after[-1])
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = PeftModel.from_pretrained(make_tiny_llama(layers=2), tmp_path / "saved")
+    for router, bias in zip(find_routers(loaded).values(), seen.after[-1], strict=True):
+        assert torch.equal(router.selection_bias, bias)
+
+
+def test_a_resumed_run_goes_on_with_its_selection_bias(tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
+    settings |= {"per_device_train_batch_size": 2}
+    config = adapter(balance="bias", bias_update_speed=0.1)
+    whole, recorder = make_trainer("SFT", tmp_path / "whole", config=copy.deepcopy(config), **settings)
+    whole.train()
+    again, resumed = make_trainer("SFT", tmp_path / "again", config=copy.deepcopy(config), **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for step in range(2):
+        assert largest_difference(resumed.gradients[step], recorder.gradients[2 + step]) == 0
+    for router, other in zip(find_routers(whole.model).values(), find_routers(again.model).values(), strict=True):
+        assert torch.equal(router.selection_bias, other.selection_bias)
+    assert any(router.selection_bias.any() for router in find_routers(whole.model).values())
+
+
+class Schedule(TrainerCallback):
+    """Where the schedules are, in training and in evaluation."""
+
+    def __init__(self):
+        self.training, self.evaluating = [], []
+
+    def watch(self, model):
+        router = next(iter(find_routers(model).values()))
+        router.register_forward_pre_hook(self.see)
+        return router
+
+    def see(self, module, given):
+        found = module.slots(given[2]), round(1 / module.scale(given[2]), 6)
+        (self.training if module.training else self.evaluating).append(found)
+
+
+def test_schedules_run_under_a_trainer_and_are_over_in_evaluation(tmp_path):
+    config = adapter(top_k_start=4, router_temperature_start=3.0, schedule_steps=2)
+    trainer, _ = make_trainer("SFT", tmp_path, config=config, max_steps=4, eval_strategy="steps", eval_steps=1)
+    seen = Schedule()
+    seen.watch(trainer.model)
+    trainer.train()
+    assert seen.training == [(4, 3.0), (3, 2.0), (2, 1.0), (2, 1.0)]
+    assert set(seen.evaluating) == {(2, 1.0)}
+
+
+def test_whole_sequences_are_routed_by_their_prompts_under_a_trainer(tmp_path):
+    settings = {"max_steps": 1, "completion_only_loss": True}
+    found = []
+    for mode in (None, "reentrant", "non-reentrant"):
+        trainer, recorder = make_trainer(
+            "SFT", tmp_path, mode, config=adapter(router_granularity="sequence", init_weights=False), **settings
+        )
+        trainer.train()
+        found.append(recorder.gradients[0])
+    assert largest_difference(found[1], found[0]) < 1e-5
+    assert largest_difference(found[2], found[0]) < 1e-5
+    trainer, recorder = make_trainer("DPO", tmp_path, config=adapter(router_granularity="sequence"), max_steps=1)
+    trainer.train()  # TRL's DPO masks the prompt in labels as well
+    assert all(gradient.any() for gradient in recorder.router_gradients().values())

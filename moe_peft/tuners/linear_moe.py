@@ -291,6 +291,18 @@ class LinearMoeModel(MoeTuner):
     tuner_layer_cls = LinearMoeLinear
     layer_cls = LinearMoeLinear
 
+    def _prepare_model(self, peft_config: LinearMoeConfig, model: nn.Module) -> None:
+        if peft_config.router_scope != "linear" and getattr(
+            getattr(model, "config", None), "is_encoder_decoder", False
+        ):
+            raise refuse(
+                "router_scope",
+                peft_config.router_scope,
+                "'linear' for an encoder-decoder",
+                "Its cross-attention reads two sequences at once, and one decision cannot be about both.",
+            )
+        super()._prepare_model(peft_config, model)
+
     def _new_layer(self, target: nn.Module, target_name: str, parent: nn.Module, current_key: str) -> MoeTunerLayer:
         """A layer that knows its place, by which layers that share a router find each other."""
         layer = super()._new_layer(target, target_name, parent, current_key)

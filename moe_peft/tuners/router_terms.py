@@ -52,6 +52,7 @@ def selection_of(config: MoeConfig, num_null: int) -> Selection | None:
     """The choices of `selection`, or None where a rule of `rules` says it all and is the shorter way."""
     scoring = "sigmoid" if config.scoring_func == "sigmoid" or config.routing == "sigmoid_top_k" else "softmax"
     plain = config.routed_scaling_factor == 1.0 and config.balance != "bias" and config.expert_groups is None
+    plain &= not (num_null and scoring == "sigmoid")  # the named rule knows no null experts
     if config.routing in ("top_k", "all"):
         return Selection(
             scoring, config.routing, bool(config.norm_topk_prob), config.routed_scaling_factor, 1.0, num_null
