@@ -13,6 +13,7 @@ from torch import nn
 from moe_peft.allocation import Allocation, parse
 from moe_peft.config import MoeConfig
 from moe_peft.errors import refuse
+from moe_peft.rank_config import RankMoeConfig
 from moe_peft.shard_config import ShardPoolConfig
 from moe_peft.tuners.base import MoeTunerLayer
 
@@ -111,10 +112,9 @@ def fit_to_budget(backbone: nn.Module, config: ConfigT, budget: int) -> ConfigT:
             return config.with_budget_of(r)
         fitted = copy.deepcopy(config)
         ratio = r / largest
-        fitted.r, fitted.lora_alpha = (
-            _scaled(config.r, ratio),
-            config.lora_alpha * (ratio**0.5 if config.use_rslora else ratio),
-        )
+        fitted.r = _scaled(config.r, ratio)
+        if not (isinstance(config, RankMoeConfig) and config.routing == "sigmoid_top_k"):  # whose scale is alpha over k
+            fitted.lora_alpha = config.lora_alpha * (ratio**0.5 if config.use_rslora else ratio)
         return fitted
 
     def cost(r: int) -> int:
