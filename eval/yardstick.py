@@ -219,8 +219,9 @@ def find_rate(trials: Trials, method: str, suite: str, arguments: argparse.Names
         return Sweep(arguments.rate, False, {})
 
     def run(rate: float) -> list[dict[str, Any]]:
-        done = trials.run([job(method, suite, rate, seed, arguments) for seed in SWEEP_SEEDS], arguments.workers)
-        if len(done) < len(SWEEP_SEEDS):
+        seeds = SWEEP_SEEDS[: arguments.sweep_seeds]
+        done = trials.run([job(method, suite, rate, seed, arguments) for seed in seeds], arguments.workers)
+        if len(done) < len(seeds):
             raise LookupError(rate)
         return done
 
@@ -239,6 +240,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=list(DIFFICULTY))
     parser.add_argument("--seeds", type=int, default=10, help="how many reported seeds")
     parser.add_argument("--first-seed", type=int, default=10, help="the first of them; 0 to 9 were used while tuning")
+    parser.add_argument("--sweep-seeds", type=int, choices=(1, 2), default=2, help="seeds of the sweep over rates")
     parser.add_argument("--budget", type=int, default=190_000, help="trainable parameters")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rate", type=float, help="one learning rate for all, without a sweep")

@@ -746,7 +746,7 @@ def test_an_encoder_decoder_is_refused_in_words():
 def test_task_types_reach_an_encoder_decoder_or_it_says_so():
     model, tokens = make_t5(**GROUPS), torch.arange(1, 13).view(2, 6)
     with task_types(model, [0, 1]):
-        model(input_ids=tokens, labels=tokens[:, :4]).loss.backward()
+        model(input_ids=tokens, labels=tokens[:, :4].contiguous()).loss.backward()
     assert all(router.router.grad.any() for router in find_routers(model).values())
 
 

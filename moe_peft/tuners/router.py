@@ -247,9 +247,7 @@ class Router(nn.Module):
         if self.training and torch.is_grad_enabled():
             if not (self.coef or context.watching or self.balances_bias):
                 return logits
-            if (
-                not logits.requires_grad
-            ):  # a frozen router on an input without gradient is counted in backward all the same
+            if not logits.requires_grad:  # a frozen router, counted in backward all the same
                 logits = logits + 0 * self.lora_A.flatten()[0].to(logits.dtype)
             real = context.real_tokens(logits.shape[0])
             task_types = context.required_task_types() if self.needs_task_types else context.task_types
