@@ -50,8 +50,9 @@ def count_parameters(model: nn.Module, adapter_name: str = "default") -> Paramet
     for layer in layers:
         experts = layer.experts(adapter_name)
         router += sum(p.numel() for name, p in experts.named_parameters() if name.startswith("router"))
-        unused = len(experts.lora_A) - experts.num_shared - experts.visited
-        idle += unused * (experts.lora_A[0].numel() + experts.lora_B[0].numel())
+        visited = experts.num_shared + experts.visited
+        for factor in (experts.lora_A, experts.lora_B):
+            idle += max(0, len(factor) - visited) * factor[0].numel()  # one A for all experts is always used
     return ParameterCount(trainable, router, trainable - idle, len(layers))
 
 
