@@ -39,7 +39,9 @@ def methods(
     compare: Annotated[bool, typer.Option("--compare", help="Count their parameters on a backbone.")] = False,
     model: Annotated[
         str | None,
-        typer.Option(help="With --compare: a folder with a config.json or an id on the Hub. Default: LLaMA-2-7B's shape."),
+        typer.Option(
+            help="With --compare: a folder with a config.json or an id on the Hub. Default: LLaMA-2-7B's shape."
+        ),
     ] = None,
 ) -> None:
     """The catalogue: every published method that `--adapter` takes by name; with --compare, how large each is."""

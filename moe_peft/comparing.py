@@ -4,6 +4,7 @@ Nothing is loaded but the backbone's config: all is counted on the meta device.
 """
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -71,7 +72,9 @@ def _rank_1(backbone: nn.Module, config: PeftConfig, known: dict[str, int]) -> i
     where = {field: getattr(config, field, None) for field in fields}
     key = repr({f: sorted(v) if isinstance(v, set) else v for f, v in where.items()})
     if key not in known:
-        known[key] = count_config(backbone, LoraConfig(r=1, task_type="CAUSAL_LM", **where)).trainable
+        with warnings.catch_warnings():  # PEFT tells of GPT-2's transposed layers, which it handles itself
+            warnings.simplefilter("ignore", UserWarning)
+            known[key] = count_config(backbone, LoraConfig(r=1, task_type="CAUSAL_LM", **where)).trainable
     return known[key]
 
 
@@ -105,16 +108,13 @@ def print_comparison(console: Console, names: Sequence[str], model: str | None) 
         title=f"Parameters on {model or LLAMA_2_7B}",
         caption="LoRA: the plain LoRA on the same linear layers whose parameters come closest to the trained ones.",
     )
-    for title in ("name", "trained", "used by a token", "in routers", "LoRA of that size"):
+    for title in ("name", "trained", "used by a token, at most", "in routers", "LoRA of that size"):
         table.add_column(title, overflow="fold", justify="left" if title == "name" else "right")
-    unfit = [row for row in rows if row.count is None]
     for row in rows:
         if row.count is None:
-            table.add_row(row.name, f"does not fit: {row.reason}")
+            table.add_row(row.name, "-", "-", "-", f"does not fit: {row.reason}")
             continue
         lora = f"r = {row.lora_rank}: {row.lora_parameters:,}"
         lora = lora if row.lora_rank else f"less than r = 1: {row.lora_parameters:,}"
         table.add_row(row.name, *(f"{n:,}" for n in (row.count.trainable, row.count.active, row.count.router)), lora)
     console.print(table)
-    if unfit and len(unfit) == len(rows):
-        console.print("None of them fits this backbone.")

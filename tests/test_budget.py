@@ -2,11 +2,13 @@
 
 import pytest
 from conftest import make_tiny_llama
+from families import make_family
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig
 
 from moe_peft import LinearMoeConfig, from_catalogue
 from moe_peft.budget import count_config, count_parameters, equal_budget_lora, fit_to_budget, meta_backbone
+from moe_peft.comparing import compare
 
 
 FFN = ["gate_proj", "up_proj", "down_proj"]
@@ -93,3 +95,31 @@ def test_budgets_that_cannot_be_met_are_refused():
         fit_to_budget(backbone, LinearMoeConfig(target_modules=FFN), 10)
     with pytest.raises(ValueError, match=r"`r` is '2:4', but must be one number"):
         fit_to_budget(backbone, LinearMoeConfig(r="2:4", target_modules=FFN), 10_000)
+
+
+def test_one_a_for_all_experts_is_always_used():
+    config = LinearMoeConfig(num_experts=4, share_A=True, r=2, target_modules=["up_proj"])
+    count = count_parameters(get_peft_model(make_tiny_llama(), config))
+    assert count.trainable == 4 * (2 * 64 + 4 * 2 * 96 + 4 * 64)
+    assert count.active == 4 * (2 * 64 + 2 * 2 * 96 + 4 * 64)
+
+
+def test_methods_are_compared_with_the_lora_on_the_same_modules():
+    backbone = meta_backbone(make_tiny_llama().config)
+    rows = {row.name: row for row in compare(backbone, ["task-moe", "hydralora", "mixlora"])}
+    every = count_config(backbone, LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM")).trainable
+    assert (rows["task-moe"].lora_rank, rows["task-moe"].lora_parameters) == (5 * 8, 5 * 8 * every)
+    assert rows["task-moe"].count == count_config(backbone, from_catalogue("task-moe"))
+    q_v = 4 * ((64 + 64) + (64 + 32))
+    trainable = rows["hydralora"].count.trainable
+    assert rows["hydralora"].lora_rank == round(trainable / q_v)
+    assert rows["mixlora"].lora_parameters % every == 0
+
+
+def test_a_method_that_does_not_fit_the_backbone_says_why():
+    rows = compare(meta_backbone(make_family("gpt2").config), ["hydralora", "task-moe"])
+    assert rows[0].count is None
+    assert "q_proj" in rows[0].reason
+    assert rows[1].count.trainable > 0
+    with pytest.raises(ValueError, match="'hydralor' is not in the catalogue. Did you mean 'hydralora'"):
+        compare(meta_backbone(make_tiny_llama().config), ["hydralor"])
