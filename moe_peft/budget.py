@@ -113,7 +113,9 @@ def fit_to_budget(backbone: nn.Module, config: ConfigT, budget: int) -> ConfigT:
         fitted = copy.deepcopy(config)
         ratio = r / largest
         fitted.r = _scaled(config.r, ratio)
-        if not (isinstance(config, RankMoeConfig) and config.routing == "sigmoid_top_k"):  # whose scale is alpha over k
+        if not (
+            isinstance(config, RankMoeConfig) and config.routing == "sigmoid_top_k"
+        ):  # whose scale is alpha over k
             fitted.lora_alpha = config.lora_alpha * (ratio**0.5 if config.use_rslora else ratio)
         return fitted
 

@@ -34,14 +34,32 @@ def _before_any_command(
 
 
 @app.command()
-def methods() -> None:
-    """The catalogue: every published method that `--adapter` takes by name."""
+def methods(
+    names: Annotated[list[str] | None, typer.Argument(help="Only these entries; by default all.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Count their parameters on a backbone.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="With --compare: a folder with a config.json or an id on the Hub. Default: LLaMA-2-7B's shape."
+        ),
+    ] = None,
+) -> None:
+    """The catalogue: every published method that `--adapter` takes by name; with --compare, how large each is."""
     from moe_peft import catalogue
 
+    if compare:
+        from moe_peft.comparing import print_comparison
+
+        print_comparison(Console(), names or [], model)
+        return
+    if model is not None:
+        raise ValueError(f"`--model` is '{model}', but there is nothing to count. Give `--compare` as well.")
+    for name in names or []:
+        catalogue.entry_folder(name)
     table = Table(title="Methods for --adapter", caption="Each has a card: adapters/NAME/README.md")
     for title in ("name", "type", "experts", "routing", "balance", "idea"):
         table.add_column(title, overflow="fold")
-    for name in catalogue.methods():
+    for name in names or catalogue.methods():
         config = catalogue.from_catalogue(name)
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         top_k = getattr(config, "top_k", None)

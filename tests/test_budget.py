@@ -2,11 +2,13 @@
 
 import pytest
 from conftest import make_tiny_llama
+from families import make_family
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig
 
 from moe_peft import LinearMoeConfig, from_catalogue
 from moe_peft.budget import count_config, count_parameters, equal_budget_lora, fit_to_budget, meta_backbone
+from moe_peft.comparing import compare
 
 
 FFN = ["gate_proj", "up_proj", "down_proj"]
@@ -91,26 +93,33 @@ def test_budgets_that_cannot_be_met_are_refused():
         equal_budget_lora(backbone, 10)
     with pytest.raises(ValueError, match="Use fewer experts"):
         fit_to_budget(backbone, LinearMoeConfig(target_modules=FFN), 10)
-    with pytest.raises(ValueError, match="what rank 1 costs"):
-        fit_to_budget(backbone, LinearMoeConfig(r="2:4", target_modules=FFN), 10)
+    with pytest.raises(ValueError, match=r"`r` is '2:4', but must be one number"):
+        fit_to_budget(backbone, LinearMoeConfig(r="2:4", target_modules=FFN), 10_000)
 
 
-@pytest.mark.parametrize(("r", "doubled"), [("1:2:3:4", "2:4:6:8"), ([4, 1, 1, 2], [8, 2, 2, 4])])
-@pytest.mark.parametrize("experts", [4, "2:4", [2, 3, 4, 5]])
-def test_ranks_that_differ_between_layers_are_scaled_as_a_whole(r, doubled, experts):
+def test_one_a_for_all_experts_is_always_used():
+    config = LinearMoeConfig(num_experts=4, share_A=True, r=2, target_modules=["up_proj"])
+    count = count_parameters(get_peft_model(make_tiny_llama(), config))
+    assert count.trainable == 4 * (2 * 64 + 4 * 2 * 96 + 4 * 64)
+    assert count.active == 4 * (2 * 64 + 2 * 2 * 96 + 4 * 64)
+
+
+def test_methods_are_compared_with_the_lora_on_the_same_modules():
     backbone = meta_backbone(make_tiny_llama().config)
-    config = LinearMoeConfig(num_experts=experts, r=r, lora_alpha=10, target_modules=FFN)
-    budget = count_config(backbone, LinearMoeConfig(num_experts=experts, r=doubled, target_modules=FFN)).trainable
-    fitted = fit_to_budget(backbone, config, budget)
-    assert (fitted.r, fitted.lora_alpha, fitted.num_experts) == (doubled, 20, experts)
-    assert fit_to_budget(backbone, fitted, count_config(backbone, config).trainable).r == r
+    rows = {row.name: row for row in compare(backbone, ["task-moe", "hydralora", "mixlora"])}
+    every = count_config(backbone, LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM")).trainable
+    assert (rows["task-moe"].lora_rank, rows["task-moe"].lora_parameters) == (5 * 8, 5 * 8 * every)
+    assert rows["task-moe"].count == count_config(backbone, from_catalogue("task-moe"))
+    q_v = 4 * ((64 + 64) + (64 + 32))
+    trainable = rows["hydralora"].count.trainable
+    assert rows["hydralora"].lora_rank == round(trainable / q_v)
+    assert rows["mixlora"].lora_parameters % every == 0
 
 
-def test_of_ranks_that_differ_between_layers_the_closest_are_taken():
-    backbone = meta_backbone(make_tiny_llama().config)
-    config = LinearMoeConfig(r="2:3:5:7", lora_alpha=7, target_modules=FFN)
-    scaled = [[max(1, round(n * k / 7)) for n in (2, 3, 5, 7)] for k in range(1, 30)]
-    costs = [count_config(backbone, LinearMoeConfig(r=r, target_modules=FFN)).trainable for r in scaled]
-    for budget in range(costs[0], costs[20], 7919):
-        found = count_config(backbone, fit_to_budget(backbone, config, budget)).trainable
-        assert abs(found - budget) == min(abs(cost - budget) for cost in costs)
+def test_a_method_that_does_not_fit_the_backbone_says_why():
+    rows = compare(meta_backbone(make_family("gpt2").config), ["hydralora", "task-moe"])
+    assert rows[0].count is None
+    assert "q_proj" in rows[0].reason
+    assert rows[1].count.trainable > 0
+    with pytest.raises(ValueError, match="'hydralor' is not in the catalogue. Did you mean 'hydralora'"):
+        compare(meta_backbone(make_tiny_llama().config), ["hydralor"])

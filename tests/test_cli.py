@@ -6,6 +6,7 @@ import sys
 from importlib.metadata import PackageNotFoundError
 
 import pytest
+from families import make_family
 
 from moe_peft import cli, rival
 from moe_peft.catalogue import methods
@@ -25,6 +26,18 @@ def test_methods_lists_the_catalogue(capsys, monkeypatch):
     assert code == 0
     for word in (*methods(), "LINEAR_MOE", "2:4:6:8", "softmax_top_k, top 2", "localized"):
         assert word in out
+
+
+def test_methods_compares_sizes_on_a_backbone(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "200")
+    make_family("gpt2").config.save_pretrained(tmp_path)
+    code, out, _ = left_with(capsys, "methods", "task-moe", "hydralora", "--compare", "--model", str(tmp_path))
+    assert code == 0
+    one = 2 * (32 + 96 + 32 + 32 + 32 + 64 + 64 + 32)  # rank 1 on every linear of both layers
+    assert f"{40 * one:,}" in out
+    assert f"r = 40: {40 * one:,}" in out
+    assert "does not fit: " in out
+    assert "mola" not in out
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["demo", "--help"]])
@@ -51,6 +64,10 @@ def test_help_of_train_is_short_unless_all_is_asked_for(capsys):
         (["trian"], "`moe-peft trian` is not a command. Did you mean 'train'?"),
         (["xyz"], "`moe-peft xyz` is not a command. Choose one of: "),
         (["methods", "--quick"], "No such option: --quick"),
+        (["methods", "moola"], "'moola' is not in the catalogue. Did you mean 'mola'?"),
+        (["methods", "moola", "--compare"], "'moola' is not in the catalogue. Did you mean 'mola'?"),
+        (["methods", "--model", "x"], "`--model` is 'x', but there is nothing to count. Give `--compare` as well."),
+        (["methods", "--compare", "--model", "./no"], "`--model` is './no', but must be a folder with a config.json"),
         (["demo", "--steps", "many"], "Invalid value for '--steps':"),
         (["train", "--adaptr", "mola"], "`--adaptr` is not an option. Did you mean 'adapter'?"),
         (["train", "--adapter", "moola"], "'moola' is neither in the catalogue nor a folder. Did you mean 'mola'?"),
