@@ -93,8 +93,29 @@ def test_budgets_that_cannot_be_met_are_refused():
         equal_budget_lora(backbone, 10)
     with pytest.raises(ValueError, match="Use fewer experts"):
         fit_to_budget(backbone, LinearMoeConfig(target_modules=FFN), 10)
-    with pytest.raises(ValueError, match=r"`r` is '2:4', but must be one number"):
-        fit_to_budget(backbone, LinearMoeConfig(r="2:4", target_modules=FFN), 10_000)
+    with pytest.raises(ValueError, match="what rank 1 costs"):
+        fit_to_budget(backbone, LinearMoeConfig(r="2:4", target_modules=FFN), 10)
+
+
+@pytest.mark.parametrize(("r", "doubled"), [("1:2:3:4", "2:4:6:8"), ([4, 1, 1, 2], [8, 2, 2, 4])])
+@pytest.mark.parametrize("experts", [4, "2:4", [2, 3, 4, 5]])
+def test_ranks_that_differ_between_layers_are_scaled_as_a_whole(r, doubled, experts):
+    backbone = meta_backbone(make_tiny_llama().config)
+    config = LinearMoeConfig(num_experts=experts, r=r, lora_alpha=10, target_modules=FFN)
+    budget = count_config(backbone, LinearMoeConfig(num_experts=experts, r=doubled, target_modules=FFN)).trainable
+    fitted = fit_to_budget(backbone, config, budget)
+    assert (fitted.r, fitted.lora_alpha, fitted.num_experts) == (doubled, 20, experts)
+    assert fit_to_budget(backbone, fitted, count_config(backbone, config).trainable).r == r
+
+
+def test_of_ranks_that_differ_between_layers_the_closest_are_taken():
+    backbone = meta_backbone(make_tiny_llama().config)
+    config = LinearMoeConfig(r="2:3:5:7", lora_alpha=7, target_modules=FFN)
+    scaled = [[max(1, round(n * k / 7)) for n in (2, 3, 5, 7)] for k in range(1, 30)]
+    costs = [count_config(backbone, LinearMoeConfig(r=r, target_modules=FFN)).trainable for r in scaled]
+    for budget in range(costs[0], costs[20], 7919):
+        found = count_config(backbone, fit_to_budget(backbone, config, budget)).trainable
+        assert abs(found - budget) == min(abs(cost - budget) for cost in costs)
 
 
 def test_one_a_for_all_experts_is_always_used():
