@@ -63,7 +63,12 @@ class _Form(NamedTuple):
 
 
 def training_rows(
-    source: str, split: str = "train", chat: bool = True, text_field: str = "text", keep: tuple[str, ...] = ()
+    source: str,
+    split: str = "train",
+    chat: bool = True,
+    text_field: str = "text",
+    keep: tuple[str, ...] = (),
+    num_types: int = 2,
 ) -> Rows:
     """Load, check and shape the rows of a split.
 
@@ -74,12 +79,13 @@ def training_rows(
         chat: whether the tokenizer has a chat template.
         text_field: the column of plain text, TRL's `dataset_text_field`.
         keep: columns to carry along, which every row must have.
+        num_types: how many values a kept `task_type` may have.
 
     Raises:
         ValueError: what cannot be found, read or trained on, and what to do.
     """
     name, brackets = split_and_slice(split)
-    parts = [_shaped(part, label, chat, text_field, keep) for label, part in load(source, name)]
+    parts = [_shaped(part, label, chat, text_field, keep, num_types) for label, part in load(source, name)]
     if len({tuple(part.dataset.column_names) for part in parts}) > 1:
         forms = "; ".join(sorted({part.form for part in parts}))
         raise ValueError(
@@ -92,7 +98,7 @@ def training_rows(
     return Rows(dataset, parts[0].form, parts[0].conversational, unused)
 
 
-def _shaped(dataset: Dataset, label: str, chat: bool, text_field: str, keep: tuple[str, ...]) -> Rows:
+def _shaped(dataset: Dataset, label: str, chat: bool, text_field: str, keep: tuple[str, ...], num_types: int) -> Rows:
     columns = dataset.column_names
     form = _form_of(columns, text_field, label)
     missing = [column for column in keep if column not in columns]
@@ -101,7 +107,7 @@ def _shaped(dataset: Dataset, label: str, chat: bool, text_field: str, keep: tup
             f"The rows of {label} have no `{missing[0]}` (they have {', '.join(columns)}). "
             + _MEANING.get(missing[0], "Name a column that they have.")
         )
-    _check(dataset, form, label, keep)
+    _check(dataset, form, label, keep, num_types)
     messages = isinstance(dataset[0][form.required[0]], list) and form.required[0] != "input_ids"
     if messages and not chat:
         raise ValueError(
@@ -143,7 +149,7 @@ def _form_of(columns: list[str], text_field: str, label: str) -> _Form:
     )
 
 
-def _check(dataset: Dataset, form: _Form, label: str, keep: tuple[str, ...]) -> None:
+def _check(dataset: Dataset, form: _Form, label: str, keep: tuple[str, ...], num_types: int) -> None:
     """Every row has every required field, of the right kind."""
     needed = [*form.required, *keep]
     view = dataset.select_columns(needed)
@@ -153,7 +159,7 @@ def _check(dataset: Dataset, form: _Form, label: str, keep: tuple[str, ...]) -> 
         for offset in range(len(batch[needed[0]])):
             for field in needed:
                 value = batch[field][offset]
-                problem = _kept_problem(field, value) if field in keep else _problem(field, value)
+                problem = _kept_problem(field, value, num_types) if field in keep else _problem(field, value)
                 if problem is None and field not in keep and isinstance(value, list) != first:
                     problem = f"is {'a list' if not first else 'a text'}, unlike `{needed[0]}` of the first row"
                 if problem:
@@ -165,11 +171,12 @@ def _check(dataset: Dataset, form: _Form, label: str, keep: tuple[str, ...]) -> 
                     )
 
 
-def _kept_problem(field: str, value: Any) -> str | None:
+def _kept_problem(field: str, value: Any, num_types: int) -> str | None:
     if value is None:
         return "is missing"
-    if field == "task_type" and str(value) not in ("0", "1"):
-        return f"is {value!r}, but must be 0 (world knowledge) or 1 (other tasks)"
+    if field == "task_type" and str(value) not in map(str, range(num_types)):
+        several = f"a whole number from 0 to {num_types - 1}, for each type an entry of `expert_groups`"
+        return f"is {value!r}, but must be {'0 (world knowledge) or 1 (other tasks)' if num_types == 2 else several}"
     return None
 
 

@@ -60,6 +60,13 @@ def run(settings: Settings, console: Console) -> SFTTrainer:
     return trainer
 
 
+def number_of_types(config: Any) -> int:
+    """How many task types the adapter tells apart; 0 where it does not look at them."""
+    if getattr(config, "balance", None) == "localized":
+        return 2
+    return len(getattr(config, "expert_groups", None) or ())
+
+
 def load_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[Rows, Rows | None]:
     """The rows to train on and to evaluate on, in TRL's formats.
 
@@ -67,11 +74,12 @@ def load_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[R
         ValueError: see `training_rows`; or the adapter's balance and the way of batching exclude each other.
     """
     arguments, training = settings.arguments, settings.training
-    needs_types = getattr(settings.source.config, "balance", None) == "localized"
+    needs_types = number_of_types(settings.source.config)
     if needs_types and (training.packing or training.padding_free):
         raise ValueError(
-            f"`{'packing' if training.packing else 'padding_free'}` is True, but `balance` = 'localized' needs one "
-            "sample per row, as it looks at the task type of each. Turn it off, or `--set balance=none`."
+            f"`{'packing' if training.packing else 'padding_free'}` is True, but `balance` = 'localized' and "
+            "`expert_groups` need one sample per row, as they look at the task type of each. Turn it off, or `--set "
+            "balance=none`."
         )
 
     def read(source: str, split: str) -> Rows:
@@ -81,6 +89,7 @@ def load_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[R
             chat=tokenizer.chat_template is not None or training.chat_template_path is not None,
             text_field=training.dataset_text_field,
             keep=("task_type",) if needs_types else (),
+            num_types=needs_types or 2,
         )
 
     rows = read(arguments.dataset, arguments.split)
@@ -142,8 +151,9 @@ def make_trainer(
                 f"router_aux_loss_coef={settings.training.router_aux_loss_coef}`."
             ) from error
         raise
-    if getattr(config, "balance", None) == "localized":
-        trainer.data_collator = TaskTypeCollator(trainer.data_collator)
+    types = number_of_types(config)
+    if types:
+        trainer.data_collator = TaskTypeCollator(trainer.data_collator, num_types=types)
     if not len(prepared_rows(trainer)):
         raise ValueError(
             f"None of the {len(rows.dataset)} rows is left: in all of them the prompt alone fills `max_length` = "
@@ -217,6 +227,10 @@ def print_next(console: Console, settings: Settings) -> None:
     """Where everything is, and what to type now."""
     output = settings.output_dir
     console.print(f"[green]The adapter is in {output}[/green], with {RECIPE_FILE} and {LOG_FILE}.")
+    if settings.source.config.peft_type == "SHARD_POOL":
+        console.print("Next, look into it, or write it as one plain LoRA, exactly:")
+        for command in (f"inspect {output}", f"merge {output} --output {output / 'merged'}"):
+            console.print(f"  moe-peft {command}", highlight=False, markup=False, soft_wrap=True)
     if hasattr(settings.source.config, "routing"):
         arguments = settings.arguments
         data = shlex.quote(arguments.dataset + (f"#{arguments.split}" if arguments.split != "train" else ""))
