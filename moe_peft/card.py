@@ -20,7 +20,7 @@ def adapter_card(model: Any, name: str, base_model: str, dataset: str, history: 
     losses = [
         f"{key} {entry[key]:.4f}" for key in ("train_loss", "eval_loss") for entry in history[-3:] if key in entry
     ]
-    ours = str(model.peft_config["default"].peft_type.value).endswith("_MOE")
+    ours = hasattr(model.peft_config["default"], "plugin")
     imports = "import moe_peft  # registers the adapter type\n" if ours else ""
     return f"""---
 base_model: {base_model}

@@ -246,7 +246,7 @@ def test_every_method_trains_and_comes_back_the_same(name, rows, tmp_path):
     assert not (out / saving.UNFINISHED).exists()
 
     saved = load_file(out / "adapter_model.safetensors")
-    assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+    assert all(tensor.dtype == torch.float32 for tensor in saved.values() if tensor.is_floating_point())
     assert any(tensor.any() for key, tensor in saved.items() if "lora_B" in key)
     model = PeftModel.from_pretrained(load_backbone("pocket", device="cpu", dtype=torch.float32), out)
     again = tmp_path / "again"
