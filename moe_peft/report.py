@@ -95,8 +95,8 @@ def routing_report(
         )
     if not experts:
         raise ValueError(
-            f"Adapter '{adapter_name}' has one expert in every layer, so nothing is routed and there is nothing to "
-            "report. It is a plain LoRA: `merge_and_unload()` folds it into the base."
+            f"Adapter '{adapter_name}' has one expert in every layer, or a method without a router, so nothing is routed and "
+            "there is nothing to report. It is a plain LoRA: `merge_and_unload()` folds it into the base."
         )
     context = next(iter(layers.values())).context
     counts: dict[str, list[Tensor]] = {name: [] for name in experts}

@@ -10,7 +10,7 @@ from conftest import make_tiny_llama
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from moe_peft import FfnMoeConfig, LinearMoeConfig, allocate, allocating, cli, gain
+from moe_peft import FfnMoeConfig, LinearMoeConfig, RankMoeConfig, allocate, allocating, cli, gain
 from moe_peft.adapted_layers import find_sites, without_weights
 from moe_peft.allocating import buy, concave
 from moe_peft.budget import count_config
@@ -369,6 +369,10 @@ LINEAR = LinearMoeConfig(num_experts=4, r=2, target_modules=FFN)
         (
             {"config": LoraConfig(target_modules=FFN)},
             "`config` is 'LORA', but must be of a type with experts in each layer",
+        ),
+        (
+            {"config": RankMoeConfig(target_modules=FFN)},
+            "`config` is 'RANK_MOE', but must be of a type with experts in each layer",
         ),
         ({"choose": "expert"}, "`choose` is 'expert', but must be one of .* Did you mean 'experts'"),
         ({"budget": 10}, "`budget` is 10, but must be at least .* what the least of everything costs"),

@@ -147,5 +147,5 @@ def test_bad_input_is_refused_in_words():
     with pytest.raises(ValueError, match="Domain 'law' has no text"):
         routing_report(model, {"law": []})
     plain, batches = model_and_text(num_experts=1)
-    with pytest.raises(ValueError, match="one expert in every layer, so nothing is routed"):
+    with pytest.raises(ValueError, match="one expert in every layer, .* so nothing is routed"):
         routing_report(plain, batches)
