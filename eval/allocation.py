@@ -120,6 +120,12 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {r['suite']} | {r['allocation']} | {', '.join(f'{n:,}' for n in r['trainable'])} | {r['rate']:g} | "
             f"{r['mean']:.3f} ± {r['sd']:.3f} | {r['worst']:.2f} | {p} | {r['knowledge']:.2f} | {r['loss']:.3f} | {seeds} |"
         )
+    least = min(len(r["seeds"]) for r in rows)
+    lines += [
+        "",
+        f"Means over {least} paired seeds or more, where no p can fall below {2 / 2**least:.2g}: differences here are hints. The "
+        "rate was swept for 2:4:6:8 alone.",
+    ]
     lines += ["", "What was measured, seed by seed:", "", "| suite | experts by layer |", "|---|---|"]
     for r in rows:
         if r["allocation"] == MEASURED:
