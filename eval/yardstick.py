@@ -85,8 +85,8 @@ METHODS = {
                 ("thor", 32, {}),
                 (
                     "deepseek-moe",
-                    16,
-                    {"num_experts": 16, "num_shared_experts": 1, "top_k": 4, "router_scope": "linear"},
+                    8,
+                    {"num_experts": 12, "num_shared_experts": 1, "top_k": 4, "router_scope": "linear"},
                 ),
                 ("hydralora", 32, {}),
                 ("mod-squad", 16, {"num_experts": 8, "top_k": 2}),

@@ -141,7 +141,7 @@ def test_trials_are_kept_and_not_run_again(yardstick, tmp_path):
 
 
 def test_a_report_takes_whole_sweeps_only(yardstick, tmp_path):
-    arguments = argparse.Namespace(budget=1, steps=1, workers=1, rate=None)
+    arguments = argparse.Namespace(budget=1, steps=1, workers=1, rate=None, sweep_seeds=2)
     trials = yardstick.Trials(tmp_path / "trials.jsonl", train=False)
     jobs = [
         yardstick.job("lora", "fact8tag", yardstick.rate_of(step), seed, arguments)
