@@ -51,10 +51,11 @@ QUICK = [Case("train", 1024, 1024, 1, 512, "bf16"), Case("train", 4096, 4096, 1,
 
 
 def config_of(name: str) -> LinearMoeConfig | None:
-    """The entry on one layer, without dropout; None where it is of another type, which has a bench of its own."""
+    """The entry on one layer, without dropout; None where it is of another type, which has a bench of its own, or where
+    one layer alone cannot route."""
     config = from_catalogue(name)
-    if not isinstance(config, LinearMoeConfig) or config.router_scope == "model":
-        return None
+    if not isinstance(config, LinearMoeConfig) or config.router_scope == "model" or config.routing == "given":
+        return None  # the last two ask the whole model, which is not here
     changes: dict[str, Any] = {"target_modules": ["q_proj"], "lora_dropout": 0.0, "init_weights": False}
     changes |= {"num_experts": 5} if isinstance(config.num_experts, str) else {}  # MoLA's average
     if config.balance == "localized" or config.expert_groups is not None:
