@@ -1,4 +1,4 @@
-"""A static adapter as one plain LoRA, exactly: pools and splits, and mixtures with a single expert."""
+"""A static adapter as one plain LoRA, exactly: pools and splits, experts by lot, and mixtures with a single expert."""
 
 from pathlib import Path
 
@@ -7,8 +7,6 @@ from torch import Tensor
 
 from moe_peft.errors import refuse
 from moe_peft.merge import Factors, factors_to_peft, routed_layers, save_static
-from moe_peft.tuners.layer import MoeTunerLayer
-from moe_peft.tuners.shard_pool import ShardPoolLinear
 
 
 def is_plain(model: PeftModel, adapter_name: str = "default") -> bool:
@@ -36,16 +34,8 @@ def lora_factors(model: PeftModel, adapter_name: str = "default") -> dict[str, F
                 "The plain LoRA would lose the weights that were trained there: call `merge_and_unload()` instead."
             )
             raise refuse(field, getattr(config, field), "None for a plain LoRA", remedy)
-    return {name: _factors(layer, adapter_name) for name, layer in layers.items()}
-
-
-def _factors(layer: MoeTunerLayer, adapter_name: str) -> Factors:
-    experts = layer.experts(adapter_name)
-    if isinstance(layer, ShardPoolLinear):
-        (A, B), scaling = layer.factors(adapter_name), layer.scaling[adapter_name]
-    else:
-        A, B, scaling = experts.lora_A.flatten(0, 1), experts.lora_B.flatten(0, 1), experts.scaling
-    return Factors(A.detach().float(), scaling * B.detach().float().T)
+    static = {name: layer.static_factors(adapter_name) for name, layer in layers.items()}
+    return {name: Factors(A.detach().float(), B.detach().float().T) for name, (A, B) in static.items()}
 
 
 def to_lora(model: PeftModel, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:

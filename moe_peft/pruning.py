@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from moe_peft.errors import nearest, refuse
 from moe_peft.merge import Batch, on_device
-from moe_peft.resizing import chosen_layers, layer_number, rebuild, resizable_layers, with_counts
+from moe_peft.resizing import chosen_layers, rebuild, resizable_layers, with_counts
 from moe_peft.routing import dense_weights, routing_dtype
+from moe_peft.tuners.base import layer_place
 from moe_peft.tuners.linear_moe import LinearMoeLinear, RoutedLora
 
 
@@ -205,7 +206,7 @@ def _wanted(model: PeftModel, keep: int | dict[int, int], counts: dict[str, int]
     config, wanted = model.peft_config[adapter_name], dict(counts)
     fewest = 1 if config.top_k is None or config.routing == "top_p" else config.top_k
     for name in chosen:
-        place = layer_number(model, name)
+        place = layer_place(name)
         number = keep[place[1]] if isinstance(keep, dict) and place is not None else keep
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise refuse("keep", keep, "a whole number of at least 1, or such numbers by layer", "Half is common.")

@@ -17,7 +17,7 @@ from moe_peft.config import FfnMoeConfig, LinearMoeConfig
 from moe_peft.errors import refuse
 from moe_peft.frozen import freeze, frozen_experts
 from moe_peft.merge import routed_layers
-from moe_peft.tuners.base import _LAYER_NUMBER
+from moe_peft.tuners.base import layer_place
 from moe_peft.tuners.layer import MoeTunerLayer
 from moe_peft.tuners.linear_moe import LinearMoeLinear, RoutedLora
 
@@ -81,12 +81,6 @@ def resizable_layers(model: PeftModel, adapter_name: str, doing: str) -> dict[st
     return {name: layer for name, layer in layers.items() if isinstance(layer, LinearMoeLinear)}
 
 
-def layer_number(model: PeftModel, name: str) -> tuple[str, int] | None:
-    """`(name of the list of layers, number in it)` of a module, or None if it is in none."""
-    match = _LAYER_NUMBER.match(f".{name}")
-    return None if match is None else (match["layers"][1:], int(match["number"]))
-
-
 def chosen_layers(model: PeftModel, names: Iterable[str], numbers: Iterable[int] | None, field: str) -> list[str]:
     """Those of the modules that lie in the layers of these numbers, in order; all for None.
 
@@ -96,7 +90,7 @@ def chosen_layers(model: PeftModel, names: Iterable[str], numbers: Iterable[int]
     names = list(names)
     if numbers is None:
         return names
-    found = {name: layer_number(model, name) for name in names}
+    found = {name: layer_place(name) for name in names}
     there = {place[1] for place in found.values() if place is not None}
     wanted = set(numbers)
     if not wanted or not wanted <= there:
@@ -115,7 +109,7 @@ def with_counts(model: PeftModel, config: LinearMoeConfig, counts: dict[str, int
         return replace(config, num_experts=next(iter(counts.values())))
     per_layer: dict[str, list[int]] = {}
     for name, count in counts.items():
-        place = layer_number(model, name)
+        place = layer_place(name)
         if place is None:
             raise ValueError(
                 f"'{name}' has no layer number in its name, so `num_experts` cannot say that it has {count} experts and "
@@ -126,7 +120,7 @@ def with_counts(model: PeftModel, config: LinearMoeConfig, counts: dict[str, int
             per_layer[place[0]] = expand(config.num_experts, len(list(container.children())), "num_experts")
         per_layer[place[0]][place[1]] = count
     for name, count in counts.items():
-        place = layer_number(model, name)
+        place = layer_place(name)
         if place is not None and per_layer[place[0]][place[1]] != count:
             raise ValueError(f"`num_experts` counts by layer, and the modules of layer {place[1]} would differ.")
     lists = list(per_layer.values())

@@ -126,6 +126,7 @@ def check_top_k(config: Any) -> None:
     rule = f"with `routing` = {config.routing!r}"
     if config.routing in DENSE_ROUTINGS or config.routing in TOP_1_RULES:
         fixed = "every expert" if config.routing in DENSE_ROUTINGS else "one expert"
+        fixed = {"random": "one expert by lot", "given": "those of its task type"}.get(config.routing, fixed)
         if config.top_k is not None and not (config.routing in TOP_1_RULES and config.top_k == 1):
             raise refuse(
                 "top_k",

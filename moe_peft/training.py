@@ -227,11 +227,11 @@ def print_next(console: Console, settings: Settings) -> None:
     """Where everything is, and what to type now."""
     output = settings.output_dir
     console.print(f"[green]The adapter is in {output}[/green], with {RECIPE_FILE} and {LOG_FILE}.")
-    if settings.source.config.peft_type == "SHARD_POOL":
+    if settings.source.config.peft_type == "SHARD_POOL" or getattr(settings.source.config, "routing", "") == "random":
         console.print("Next, look into it, or write it as one plain LoRA, exactly:")
         for command in (f"inspect {output}", f"merge {output} --output {output / 'merged'}"):
             console.print(f"  moe-peft {command}", highlight=False, markup=False, soft_wrap=True)
-    if hasattr(settings.source.config, "routing"):
+    elif hasattr(settings.source.config, "routing"):
         arguments = settings.arguments
         data = shlex.quote(arguments.dataset + (f"#{arguments.split}" if arguments.split != "train" else ""))
         exact = settings.source.config.peft_type == "FFN_MOE"

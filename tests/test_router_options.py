@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import make_tiny_llama
 from families import make_family
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
 from transformers import LlamaConfig, LlamaForSequenceClassification, T5Config, T5ForConditionalGeneration
 
-from moe_peft import FfnMoeConfig, LinearMoeConfig, context, task_types
+from moe_peft import FfnMoeConfig, LinearMoeConfig, context, task_types, to_lora
 from moe_peft.attach import RoutingContext
 from moe_peft.balance import localized_loss, switch_loss
 from moe_peft.balance_terms import cv2_loss, information_loss, sequence_loss, token_entropy
@@ -932,3 +932,19 @@ def test_layers_with_one_decision_have_equally_many_experts():
         ValueError, match="`router_scope` is 'model', but must be 'linear' or 'block' where `num_experts`"
     ):
         make_model(num_experts="2:4", top_k=2, router_scope="model")
+
+
+@pytest.mark.parametrize("extra", [{}, {"share_A": True}, {"num_shared_experts": 1}], ids=str)
+def test_experts_by_lot_become_one_plain_lora_that_answers_as_they_do(extra):
+    """In evaluation THOR's experts are averaged, so the LoRA of all of them at one n-th of the scale is the adapter."""
+    config = LinearMoeConfig(
+        routing="random", num_experts=3, r=4, target_modules=["q_proj", "up_proj"], init_weights=False, **extra
+    )
+    model = get_peft_model(make_tiny_llama(), config).eval()
+    tokens = torch.randint(1, 90, (2, 7))
+    want = model(tokens).logits
+    lora_config, state = to_lora(model)
+    lora = get_peft_model(make_tiny_llama(), lora_config).eval()
+    set_peft_model_state_dict(lora, state)
+    torch.testing.assert_close(lora(tokens).logits, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.merge_and_unload()(tokens).logits, want, rtol=1e-5, atol=1e-5)

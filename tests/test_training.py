@@ -233,11 +233,12 @@ def test_every_method_trains_and_comes_back_the_same(name, rows, tmp_path):
     ):
         assert text in printed
     assert "rev:abc>cba<eos>" in printed
-    assert f"moe-peft inspect {out}" + ("" if kind == "SHARD_POOL" else f" --data {rows}") in printed
+    static = kind == "SHARD_POOL" or name == "thor"
+    assert f"moe-peft inspect {out}" + ("" if static else f" --data {rows}") in printed
     merge = f"moe-peft merge {out} --calibration {rows} --output {out / 'merged'}"
     export = f"moe-peft export {out} --to moe --output {out / 'exported'}"
     exact = f"moe-peft merge {out} --output {out / 'merged'}"
-    assert {"FFN_MOE": export, "SHARD_POOL": exact}.get(kind, merge) in printed
+    assert (exact + "\n" if static else export if kind == "FFN_MOE" else merge) in printed
     log = json.loads((out / "training_log.json").read_text())
     assert (log["parameters"]["router"] > 0) == (name not in WITHOUT_ROUTER)
     assert log["settings"]["adapter"] == name

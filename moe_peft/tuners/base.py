@@ -106,23 +106,25 @@ class MoeTuner(BaseTuner):
                 "to keep the base as it was, add the adapter before the first evaluation.",
                 stacklevel=2,
             )
-        self._copy_buffers(model, adapter_name)
+        self._take_buffers_of_twin(model, adapter_name)
         for hook in after_injection:
             hook(not self.peft_config[adapter_name].inference_mode)
 
-    def _copy_buffers(self, model: nn.Module, adapter_name: str) -> None:
-        """TRL makes its reference adapter from the very config of the trained one and copies the parameters over. The
-        reference must choose the same experts, so the buffers follow."""
+    def _twins(self, adapter_name: str) -> list[str]:
+        """The adapters that this one is a second form of: TRL makes its reference adapter from the very config object of
+        the trained one and copies the parameters over, but not the buffers."""
         config = self.peft_config[adapter_name]
-        for name in [name for name, other in self.peft_config.items() if other is config and name != adapter_name]:
+        return [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
+
+    def _take_buffers_of_twin(self, model: nn.Module, adapter_name: str) -> None:
+        """Choose experts as the twin does, whose biases, frozen routers and indices are buffers."""
+        for name in self._twins(adapter_name)[:1]:
             for layer in model.modules():
-                if not isinstance(layer, MoeTunerLayer):
-                    continue
-                experts = getattr(layer, layer.adapter_layer_names[0])
-                if name in experts and adapter_name in experts:
-                    copies = dict(experts[adapter_name].named_buffers())
-                    for key, buffer in experts[name].named_buffers():
-                        copies[key].copy_(buffer)
+                for container in layer.adapter_layer_names if isinstance(layer, MoeTunerLayer) else ():
+                    held = getattr(layer, container)
+                    if name in held and adapter_name in held:
+                        for key, buffer in held[adapter_name].named_buffers():
+                            buffer.copy_(held[name].get_buffer(key))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -82,8 +82,8 @@ class MoeTunerLayer(nn.Module, BaseTunerLayer):
             if experts.get_buffer(name).is_meta:
                 setattr(experts, name, buffer)
 
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """What a static adapter adds to every token, in the layout of the base weight.
+    def static_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """The one LoRA that a static adapter is: A `[n, d_in]`, B `[n, d_out]`, in fp32 or better, all scales in B.
 
         Raises:
             ValueError: if the adapter is routed.
@@ -92,7 +92,16 @@ class MoeTunerLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"Adapter '{adapter_name}' is routed: its delta depends on the token.")
         experts = self.experts(adapter_name)
         A, B = (factor.flatten(0, 1).to(routing_dtype(factor.dtype)) for factor in (experts.lora_A, experts.lora_B))
-        delta = experts.scaling * (B.T @ A)
+        return A, experts.scaling * B
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """What a static adapter adds to every token, in the layout and dtype of the base weight.
+
+        Raises:
+            ValueError: if the adapter is routed.
+        """
+        A, B = self.static_factors(adapter_name)
+        delta = B.T @ A
         if type(self.get_base_layer()).__name__ == "Conv1D":
             delta = delta.T
         return delta.to(self.get_base_weight().dtype)

@@ -269,19 +269,15 @@ class LinearMoeLinear(MoeTunerLayer):
         experts = self.experts(adapter_name)
         return experts.num_experts == 1 or experts.routing == "random"
 
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
+    def static_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """As for a plain LoRA; under "random" the experts' mean, which is what it computes in use."""
-        experts = self.experts(adapter_name) if self.holds(adapter_name) else None
-        if experts is None or experts.num_experts == 1:
-            return super().get_delta_weight(adapter_name)
-        if not self.is_static(adapter_name):
-            return super().get_delta_weight(adapter_name)  # which refuses
-        A, B = (factor.to(routing_dtype(factor.dtype)) for factor in (experts.lora_A, experts.lora_B))
-        gates = B.new_full((len(B),), 1 / experts.num_routed)
-        gates[experts.num_routed :] = 1
-        delta = experts.scaling * torch.einsum("e,ero,eri->oi", gates, B, A.expand(len(B), -1, -1))
-        delta = delta.T if type(self.get_base_layer()).__name__ == "Conv1D" else delta
-        return delta.to(self.get_base_weight().dtype)
+        experts = self.experts(adapter_name)
+        if experts.routing != "random" or experts.num_experts == 1:
+            return super().static_factors(adapter_name)
+        A, B = (factor.to(routing_dtype(factor.dtype)) for factor in experts.stacked())
+        weights = B.new_full((len(experts.lora_B),), 1 / experts.num_routed)
+        weights[experts.num_routed :] = 1
+        return A, weights.repeat_interleave(experts.r).unsqueeze(-1) * B
 
 
 class LinearMoeModel(MoeTuner):

@@ -16,7 +16,7 @@ from torch.autograd import Function
 from moe_peft.attach import RouterState, RoutingContext, balanced
 from moe_peft.balance_terms import updated_bias
 from moe_peft.config import MoeConfig
-from moe_peft.routing import DENSE_RULES, Routing, RoutingRule, routing_dtype
+from moe_peft.routing import Routing, RoutingRule, routing_dtype
 from moe_peft.rules import TOP_1_RULES
 from moe_peft.selection import ACTIVATIONS, at_random, evenly, given, only_allowed
 from moe_peft.tuners.router_terms import Terms, balance_terms, bind_rule
@@ -143,7 +143,7 @@ class Router(nn.Module):
     @property
     def routes(self) -> bool:
         """Whether a token chooses here."""
-        return getattr(self, "router", None) is not None
+        return self.router is not None
 
     def idle_parameters(self) -> int:
         """Parameters that a token does not use."""
@@ -161,10 +161,9 @@ class Router(nn.Module):
         bias = self.selection_bias
         if bias is None:
             return
-        counts, tokens = counts[:-1].to(bias.device), counts[-1].to(bias.device)
-        if int(tokens):
-            true = self.num_experts - self.num_null
-            bias.copy_(updated_bias(bias, counts, tokens, self.bias_update_speed, true, self.target_active))
+        counts, true = counts.to(bias.device), self.num_experts - self.num_null
+        # Without tokens every load is what it should be, and the bias stays.
+        bias.copy_(updated_bias(bias, counts[:-1], counts[-1], self.bias_update_speed, true, self.target_active))
 
     def slots(self, context: RoutingContext) -> int:
         """K, on its way from `top_k_start` to `top_k` while training."""
@@ -262,7 +261,7 @@ def _slots(config: MoeConfig, num_experts: int) -> int:
     """K, the slots per token."""
     if config.routing in TOP_1_RULES:
         return 1
-    return num_experts if config.routing in DENSE_RULES else min(config.top_k or num_experts, num_experts)
+    return min(config.top_k or num_experts, num_experts)
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

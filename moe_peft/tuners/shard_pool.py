@@ -219,14 +219,9 @@ class ShardPoolLinear(MoeTunerLayer):
         dropout = self.lora_dropout[adapter_name] if self.training else 0.0
         return low_rank_added(x, y, A.to(dtype), B.to(dtype), self.scaling[adapter_name], dropout)
 
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """What the adapter adds in inference, in the layout and dtype of the base weight."""
-        A, B = self.factors(adapter_name)
-        dtype = routing_dtype(A.dtype)
-        delta = self.scaling[adapter_name] * (B.to(dtype).T @ A.to(dtype))
-        if type(self.get_base_layer()).__name__ == "Conv1D":
-            delta = delta.T
-        return delta.to(self.get_base_weight().dtype)
+    def static_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        A, B = (factor.to(routing_dtype(factor.dtype)) for factor in self.factors(adapter_name))
+        return A, self.scaling[adapter_name] * B
 
 
 class ShardPoolModel(MoeTuner):
@@ -261,28 +256,18 @@ class ShardPoolModel(MoeTuner):
             give(adapter_name, config, layers, generator, memory)
             for layer in layers:
                 layer._move_adapter_to_device_of_base_layer(adapter_name)
-                self._take_choice_of_twin(layer, adapter_name)
                 # A new module is in training mode: in a model that is being evaluated it would sample.
                 layer.train(layer.get_base_layer().training)
                 trained = adapter_name in layer.active_adapters and not config.inference_mode
                 for container in (layer.shard_pool_weights, layer.shard_pool_index):
                     if adapter_name in container:
                         container[adapter_name].requires_grad_(trained)
+        self._take_buffers_of_twin(model, adapter_name)
 
-    def _take_choice_of_twin(self, layer: ShardPoolLinear, adapter_name: str) -> None:
-        """Choose as an adapter of an equal config has: by its seed, or by the file that it was loaded from.
-
-        TRL makes its reference model so: a second adapter of the same config, whose parameters it then copies, but not
-        the buffers.
-        """
+    def _twins(self, adapter_name: str) -> list[str]:
+        """Adapters of an equal config: they choose alike, by their seed or by the file that they were loaded from."""
         config = self.peft_config[adapter_name]
-        names = [
-            n for n, other in self.peft_config.items() if n != adapter_name and other == config and layer.holds(n)
-        ]
-        for container in (layer.shard_pool_weights, layer.shard_pool_index):
-            if names and adapter_name in container:
-                for key, buffer in container[adapter_name].named_buffers():
-                    buffer.copy_(container[names[0]].get_buffer(key))
+        return [name for name, other in self.peft_config.items() if other == config and name != adapter_name]
 
 
 def _scaling(config: ShardPoolConfig) -> float:
