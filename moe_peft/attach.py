@@ -28,6 +28,7 @@ __all__ = [
     "balanced",
     "localized_step",
     "loss_step",
+    "remember_choice",
     "set_aux_scale",
     "switch_step",
 ]
@@ -191,19 +192,51 @@ class _Settings(NamedTuple):
 
 
 def _counted(
-    grad: Tensor, logits: Tensor, real: Tensor | None, task_types: Tensor | None, state: RouterState, rows: int
+    grad: Tensor,
+    logits: Tensor,
+    real: Tensor | None,
+    task_types: Tensor | None,
+    state: RouterState,
+    rows: int,
+    index: Tensor | None = None,
 ) -> Tensor:
-    """`grad` plus the balance gradient; the state counts the micro-batch."""
+    """`grad` plus the balance gradient; the state counts the micro-batch.
+
+    `index [T, K]` is what the forward pass chose, where it left it; else the rule is asked again.
+    """
     rule, top_k, coef, gradient, context = state.settings
-    routing = rule(logits, top_k)
-    batch = MicroBatch(routing, real, task_types, *state.observe(routing, real), rows)
+    if index is None:
+        routing = rule(logits, top_k)
+    else:  # under a rule that selects, nothing here reads the weights
+        routing = Routing(logits, logits.new_ones(()).expand(index.shape), index)
+    if gradient is None and not context.watching:
+        counts = _counts(routing, real)
+    else:
+        counts, probs = state.observe(routing, real)
     if state.collects:
-        state.collect(
-            batch.counts, logits.new_tensor(logits.shape[0]) if real is None else real.sum().to(logits.dtype)
-        )
+        state.collect(counts, logits.new_tensor(logits.shape[0]) if real is None else real.sum().to(logits.dtype))
     if gradient is None or not coef:
         return grad
+    batch = MicroBatch(routing, real, task_types, counts, probs, rows)
     return torch.add(grad, gradient(state, batch, rule, top_k), alpha=coef * context.scale)
+
+
+def _counts(routing: Routing, real: Tensor | None) -> Tensor:
+    """How many real tokens chose each expert, `[E]`; under a dense rule the weight that it got."""
+    used = routing.top_k_weights if routing.top_k_index is None else assignments(routing)
+    return used.sum(0) if real is None else real.to(used.dtype) @ used
+
+
+def remember_choice(routing: Routing) -> None:
+    """Leave what the forward pass chose for the backward pass of its own `balanced` logits, which counts it.
+
+    The tensor itself, which the experts' kernel keeps as well, and with the node of the graph, not the module: the same
+    router may be asked many times before any backward pass. A compiled graph asks the rule again.
+    """
+    index, node = routing.top_k_index, routing.router_logits.grad_fn
+    ours = getattr(node, "_forward_cls", None) is _Balanced
+    if index is not None and ours and not torch.compiler.is_compiling():
+        node.index = index
 
 
 # It looks at Python objects, so no CUDA graph may hold it. torch < 2.9 has no such tag, and partitions no graphs.
@@ -252,7 +285,7 @@ class _Balanced(Function):
         if torch.compiler.is_compiling():
             grad = _counted_by_number(grads[0], logits, real, task_types, number, ctx.rows)
         else:
-            grad = _counted(grads[0], logits, real, task_types, ctx.state, ctx.rows)
+            grad = _counted(grads[0], logits, real, task_types, ctx.state, ctx.rows, getattr(ctx, "index", None))
         return grad, None, None, None, None, None
 
 

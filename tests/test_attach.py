@@ -234,10 +234,11 @@ def test_without_a_balance_loss_only_who_watches_counts():
 def test_the_sums_are_those_of_the_definition():
     logits = torch.randn(20, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     real = torch.arange(20) % 3 != 0
-    state = RouterState()
+    state, context = RouterState(), RoutingContext()
+    context.watching = True
     for _ in range(2):
         balanced(
-            logits.requires_grad_(), state, softmax_top_k, 2, 0.0, None, real, None, RoutingContext()
+            logits.requires_grad_(), state, softmax_top_k, 2, 0.0, None, real, None, context
         ).sum().backward()
     probabilities = logits.detach().softmax(-1)[real]
     torch.testing.assert_close(state.probability, 2 * probabilities.sum(0))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from moe_peft.attach import RouterState, RoutingContext, balanced
+from moe_peft.attach import RouterState, RoutingContext, balanced, remember_choice
 from moe_peft.balance_terms import updated_bias
 from moe_peft.config import MoeConfig
 from moe_peft.routing import Routing, RoutingRule, routing_dtype
@@ -199,6 +199,7 @@ class Router(nn.Module):
         rule, top_k = self.current_rule(), self.slots(context)
         logits = self.observed(logits, rule, context, rows, top_k)
         routing = rule(logits, top_k)
+        remember_choice(routing)
         if logits.requires_grad and not routing.top_k_weights.requires_grad:
             routing = routing._replace(top_k_weights=_Anchored.apply(routing.top_k_weights, logits))
         return routing
