@@ -210,12 +210,12 @@ def _counted(
     else:  # under a rule that selects, nothing here reads the weights
         routing = Routing(logits, logits.new_ones(()).expand(index.shape), index)
     if gradient is None and not context.watching:
-        counts = _counts(routing, real)
+        counts, probs = _counts(routing, real), None
     else:
         counts, probs = state.observe(routing, real)
     if state.collects:
         state.collect(counts, logits.new_tensor(logits.shape[0]) if real is None else real.sum().to(logits.dtype))
-    if gradient is None or not coef:
+    if gradient is None or probs is None or not coef:
         return grad
     batch = MicroBatch(routing, real, task_types, counts, probs, rows)
     return torch.add(grad, gradient(state, batch, rule, top_k), alpha=coef * context.scale)

@@ -113,9 +113,8 @@ def fit_to_budget(backbone: nn.Module, config: ConfigT, budget: int) -> ConfigT:
         fitted = copy.deepcopy(config)
         ratio = r / largest
         fitted.r = _scaled(config.r, ratio)
-        if not (
-            isinstance(config, RankMoeConfig) and config.routing == "sigmoid_top_k"
-        ):  # whose scale is alpha over k
+        scaled_by_k = isinstance(config, RankMoeConfig) and config.routing == "sigmoid_top_k"
+        if not scaled_by_k:
             fitted.lora_alpha = config.lora_alpha * (ratio**0.5 if config.use_rslora else ratio)
         return fitted
 
@@ -130,9 +129,8 @@ def fit_to_budget(backbone: nn.Module, config: ConfigT, budget: int) -> ConfigT:
     near = max(1, round(1 + (budget - one) * (2 * largest - 1) / (full - one)))
     if isinstance(config.r, int):
         return with_rank(near)
-    while (
-        cost(near) < budget
-    ):  # rounding bends the line: from below, the first that reaches the budget, or the one before
+    # Rounding bends the line: from below, the first that reaches the budget, or the one before.
+    while cost(near) < budget:
         near += 1
     while near > 1 and cost(near - 1) >= budget:
         near -= 1

@@ -5,16 +5,15 @@ The names are PEFT's for LoRA (`r`, `lora_alpha`, `target_modules`) and transfor
 model is touched.
 """
 
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
 from moe_peft.allocation import Allocation
-from moe_peft.config_checks import ELSEWHERE, check_booleans, check_init, check_layers, check_numbers
-from moe_peft.errors import nearest
+from moe_peft.config_checks import check_booleans, check_init, check_layers, check_numbers
+from moe_peft.plugin_config import PluginConfig
 from moe_peft.router_checks import (
     check_balance,
     check_block,
@@ -25,11 +24,10 @@ from moe_peft.router_checks import (
     check_schedules,
     check_top_k,
 )
-from moe_peft.saving import check_weights
 
 
 @dataclass
-class MoeConfig(PeftConfig):
+class MoeConfig(PluginConfig):
     """What every adapter type of this package shares; not an adapter type itself.
 
     Args:
@@ -183,33 +181,17 @@ class MoeConfig(PeftConfig):
     )
     plugin: str = field(default="moe_peft", metadata={"help": "The package to import before loading this adapter."})
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        # PEFT drops an unknown key with a warning and trains the default; here it is an error.
-        known = {f.name for f in fields(cls)}
-        for key in kwargs:
-            if key in ELSEWHERE:
-                raise ValueError(f"`{key}` is not a field of {cls.__name__}: {ELSEWHERE[key]}")
-            if key not in known:
-                raise ValueError(f"`{key}` is not a field of {cls.__name__}. {nearest(key, known)}")
-        return super().__new__(cls)
-
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> PeftConfig:
-        """As PEFT's, which also comes first when weights are loaded: damaged ones are refused here."""
-        check_weights(Path(pretrained_model_name_or_path, subfolder or ""))
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        config.weights_follow = (
-            config.inference_mode
-        )  # PEFT sets it in what it saves; then nothing has to be drawn well
+        # PEFT sets `inference_mode` in what it saves; then nothing has to be drawn well.
+        config.weights_follow = config.inference_mode
         return config
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            setattr(self, name, set(value) if isinstance(value, list) else value)
         check_booleans(self)
         check_numbers(self)
         check_init(self)

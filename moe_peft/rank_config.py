@@ -9,7 +9,7 @@ from peft.utils import PeftType
 
 from moe_peft.allocation import Allocation, parse
 from moe_peft.config import MoeConfig
-from moe_peft.config_checks import check_booleans, check_layers, check_numbers
+from moe_peft.config_checks import check_booleans, check_layers, check_numbers, is_count, is_number
 from moe_peft.errors import nearest, refuse
 from moe_peft.router_checks import check_balance
 
@@ -142,7 +142,7 @@ def _check_top_k(config: RankMoeConfig) -> None:
     if config.top_k is None:
         config.top_k = min(TOP_K, fewest)
     k = config.top_k
-    if not _is_whole(k) or k < 1:
+    if not is_count(k, 1):
         raise refuse("top_k", k, "a whole number of at least 1", f"SMoRA and MoRAM use {TOP_K}.")
     if k > fewest:
         remedy = "A token cannot use more ranks than its layer has: lower `top_k` or raise the smallest number."
@@ -155,7 +155,7 @@ def _check_top_k(config: RankMoeConfig) -> None:
 
 def _check_router(config: RankMoeConfig) -> None:
     part = config.rank_partition
-    if not _is_whole(part) or part < 1:
+    if not is_count(part, 1):
         raise refuse("rank_partition", part, "a whole number of at least 1", "1 gives every rank a row of its own.")
     if config.routing == SELF:
         for name, none in (
@@ -189,9 +189,9 @@ def _check_responses(config: RankMoeConfig) -> None:
                 raise refuse(name, getattr(config, name), f"left out with `routing` = {config.routing!r}", remedy)
         return
     config.temperature = TEMPERATURE if config.temperature is None else config.temperature
-    if not _is_real(config.temperature) or config.temperature <= 0:
+    if not is_number(config.temperature) or config.temperature <= 0:
         raise refuse("temperature", config.temperature, "above 0", "MoRAM uses 0.03 for text and 0.01 for images.")
-    if config.threshold is not None and (not _is_real(config.threshold) or not -1 <= config.threshold <= 1):
+    if config.threshold is not None and (not is_number(config.threshold) or not -1 <= config.threshold <= 1):
         raise refuse("threshold", config.threshold, "from -1 to 1, or None", "MoRAM uses 0.2.")
     if config.frozen_r is not None:
         if not isinstance(config.frozen_r, list) or not config.frozen_r:
@@ -213,11 +213,3 @@ def _check_balance(config: RankMoeConfig) -> None:
         remedy = "There is no bias without it: set `balance` to 'bias', or remove `bias_in_gates`."
         raise refuse("bias_in_gates", True, f"left out with `balance` = {config.balance!r}", remedy)
     check_balance(_shared(config, balance="none"))
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value

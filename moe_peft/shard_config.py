@@ -1,17 +1,13 @@
 """The config of `SHARD_POOL`: ranks assembled from pools that layers share (MoS), or sampled in part (MoSA)."""
 
 import copy
-import math
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
-from peft import PeftConfig
 from peft.utils import PeftType
 
-from moe_peft.config_checks import check_layers
+from moe_peft.config_checks import check_layers, is_count, is_number
 from moe_peft.errors import nearest, refuse
-from moe_peft.saving import check_weights
+from moe_peft.plugin_config import PluginConfig
 
 
 SPLIT_FACTORS = ("B", "A", "both")
@@ -19,7 +15,7 @@ SPLIT_FACTORS = ("B", "A", "both")
 
 
 @dataclass
-class ShardPoolConfig(PeftConfig):
+class ShardPoolConfig(PluginConfig):
     """A LoRA of rank `r` on each layer, without a router, in one of three forms:
 
     - as it stands, each layer has its own and it is a plain LoRA;
@@ -89,28 +85,9 @@ class ShardPoolConfig(PeftConfig):
     )
     plugin: str = field(default="moe_peft", metadata={"help": "The package to import before loading this adapter."})
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        # PEFT drops an unknown key with a warning and trains the default; here it is an error.
-        known = {f.name for f in fields(cls)}
-        for key in kwargs:
-            if key not in known:
-                raise ValueError(f"`{key}` is not a field of {cls.__name__}. {nearest(key, known)}")
-        return super().__new__(cls)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> PeftConfig:
-        """As PEFT's, which also comes first when weights are loaded: damaged ones are refused here."""
-        check_weights(Path(pretrained_model_name_or_path, subfolder or ""))
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType["SHARD_POOL"]
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            setattr(self, name, set(value) if isinstance(value, list) else value)
         _check_numbers(self)
         check_layers(self)
         _check_ranks(self)
@@ -131,26 +108,18 @@ class ShardPoolConfig(PeftConfig):
         return fitted
 
 
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _check_numbers(config: ShardPoolConfig) -> None:
-    if not _whole(config.r, 1):
+    if not is_count(config.r, 1):
         remedy = "Layers have one rank: pools that they share cannot give each another one."
         raise refuse("r", config.r, "a whole number of at least 1", remedy)
     for name in ("shards_per_vector", "num_splits"):
-        if not _whole(getattr(config, name), 1):
+        if not is_count(getattr(config, name), 1):
             raise refuse(name, getattr(config, name), "a whole number of at least 1", "1 splits nothing.")
-    if not _whole(config.index_seed, 0):
+    if not is_count(config.index_seed):
         raise refuse("index_seed", config.index_seed, "a whole number of at least 0", "0 will do.")
-    if not _number(config.lora_alpha) or config.lora_alpha <= 0:
+    if not is_number(config.lora_alpha) or config.lora_alpha <= 0:
         raise refuse("lora_alpha", config.lora_alpha, "a positive number", "16 is a common choice.")
-    if not _number(config.lora_dropout) or not 0.0 <= config.lora_dropout < 1.0:
+    if not is_number(config.lora_dropout) or not 0.0 <= config.lora_dropout < 1.0:
         raise refuse("lora_dropout", config.lora_dropout, "at least 0 and below 1", "Give a share such as 0.05.")
 
 
@@ -158,13 +127,13 @@ def _check_ranks(config: ShardPoolConfig) -> None:
     """Fill in the two ranks that were left out, and refuse those that contradict each other."""
     r, e = config.r, config.equivalent_rank
     e = config.equivalent_rank = r if e is None else e
-    if not _whole(e, 1) or e > r:
+    if not is_count(e, 1) or e > r:
         remedy = "The pools hold the parameters of `equivalent_rank` ranks, and a layer takes `r` of them with its own choice."
         raise refuse("equivalent_rank", e, f"a whole number from 1 to `r` = {r}", remedy)
     p = config.private_rank
     if p is None:
         p = config.private_rank = r if e == r else min(1, e - 1)
-    if not _whole(p, 0) or p > e:
+    if not is_count(p) or p > e:
         remedy = "Private ranks are part of the budget."
         raise refuse("private_rank", p, f"a whole number from 0 to `equivalent_rank` = {e}", remedy)
     if p == e and r != e:

@@ -237,9 +237,7 @@ def test_the_sums_are_those_of_the_definition():
     state, context = RouterState(), RoutingContext()
     context.watching = True
     for _ in range(2):
-        balanced(
-            logits.requires_grad_(), state, softmax_top_k, 2, 0.0, None, real, None, context
-        ).sum().backward()
+        balanced(logits.requires_grad_(), state, softmax_top_k, 2, 0.0, None, real, None, context).sum().backward()
     probabilities = logits.detach().softmax(-1)[real]
     torch.testing.assert_close(state.probability, 2 * probabilities.sum(0))
     torch.testing.assert_close(state.entropy, -2 * (probabilities * probabilities.log()).sum())
