@@ -8,21 +8,15 @@ ratio is the median over rounds of the ratio within one round.
 """
 
 import copy
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 
+from bench_process import start_steady
 
-ENVIRONMENT = {  # keep big buffers, as CUDA's caching allocator does
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(2**32),
-    "MALLOC_TRIM_THRESHOLD_": str(2**32),
-    "MALLOC_TOP_PAD_": str(2**28),
-}
-if __name__ == "__main__" and any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})  # read at start only
+
+if __name__ == "__main__":
+    start_steady()
 
 import torch  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402

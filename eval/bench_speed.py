@@ -15,23 +15,17 @@ caching allocator does: without that PEFT's LoRA, which makes more temporaries, 
 import argparse
 import dataclasses
 import json
-import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bench_process import start_steady
 
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(2**32),
-    "MALLOC_TRIM_THRESHOLD_": str(2**32),
-    "MALLOC_TOP_PAD_": str(2**28),
-    "HF_HUB_OFFLINE": "1",
-}
-if __name__ == "__main__" and any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})  # read at start only
+
+if __name__ == "__main__":
+    start_steady()
 
 import torch  # noqa: E402
 from speed_contenders import LORA, layer_contenders, model_contenders  # noqa: E402

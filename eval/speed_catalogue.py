@@ -11,22 +11,16 @@ its own carries the whole step; in a model attention, norms and loss are added t
 
 import argparse
 import json
-import os
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
+from bench_process import start_steady
 
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(2**32),
-    "MALLOC_TRIM_THRESHOLD_": str(2**32),
-    "MALLOC_TOP_PAD_": str(2**28),
-    "HF_HUB_OFFLINE": "1",
-}
-if __name__ == "__main__" and any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})  # read at start only
+
+if __name__ == "__main__":
+    start_steady()
 
 import torch  # noqa: E402
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model  # noqa: E402
