@@ -233,9 +233,10 @@ def remember_choice(routing: Routing) -> None:
     The tensor itself, which the experts' kernel keeps as well, and with the node of the graph, not the module: the same
     router may be asked many times before any backward pass. A compiled graph asks the rule again.
     """
+    if torch.compiler.is_compiling():
+        return
     index, node = routing.top_k_index, routing.router_logits.grad_fn
-    ours = getattr(node, "_forward_cls", None) is _Balanced
-    if index is not None and ours and not torch.compiler.is_compiling():
+    if index is not None and getattr(node, "_forward_cls", None) is _Balanced:
         node.index = index
 
 

@@ -15,6 +15,8 @@ from moe_peft.allocation import Allocation
 from moe_peft.config_checks import check_booleans, check_init, check_layers, check_numbers
 from moe_peft.plugin_config import PluginConfig
 from moe_peft.router_checks import (
+    AUX_LOSS_COEF,
+    BIAS_UPDATE_SPEED,
     check_balance,
     check_block,
     check_groups,
@@ -23,6 +25,7 @@ from moe_peft.router_checks import (
     check_routing,
     check_schedules,
     check_top_k,
+    check_unused,
 )
 
 
@@ -159,9 +162,9 @@ class MoeConfig(PluginConfig):
     top_k_start: int | None = field(default=None, metadata={"help": "Experts per token at the first step."})
     router_temperature_start: float | None = field(default=None, metadata={"help": "Temperature at the first step."})
     balance: str | None = field(default=None, metadata={"help": "What keeps the experts in use."})
-    router_aux_loss_coef: float = field(default=0.001, metadata={"help": "Weight of the balance loss."})
+    router_aux_loss_coef: float = field(default=AUX_LOSS_COEF, metadata={"help": "Weight of the balance loss."})
     balance_weights: list[float] | None = field(default=None, metadata={"help": "Weight of each expert's load."})
-    bias_update_speed: float = field(default=0.01, metadata={"help": "Step of the selection bias."})
+    bias_update_speed: float = field(default=BIAS_UPDATE_SPEED, metadata={"help": "Step of the selection bias."})
     target_active: float | None = field(default=None, metadata={"help": "Experts per token to aim at by the bias."})
     router_z_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the z-loss on the logits."})
     router_entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the tokens' entropy."})
@@ -202,6 +205,7 @@ class MoeConfig(PluginConfig):
         check_groups(self)
         check_schedules(self)
         check_balance(self)
+        check_unused(self)
 
     def experts_of_layer(self, choices: int) -> int:
         """How many of a router's `choices` are experts with low-rank weights; the others are null or constant."""

@@ -11,7 +11,7 @@ from moe_peft.allocation import Allocation, parse
 from moe_peft.config import MoeConfig
 from moe_peft.config_checks import check_booleans, check_layers, check_numbers, is_count, is_number
 from moe_peft.errors import nearest, refuse
-from moe_peft.router_checks import check_balance
+from moe_peft.router_checks import check_balance, check_unused
 
 
 SIGMOID, SELF = "sigmoid_top_k", "self_activated"
@@ -213,3 +213,4 @@ def _check_balance(config: RankMoeConfig) -> None:
         remedy = "There is no bias without it: set `balance` to 'bias', or remove `bias_in_gates`."
         raise refuse("bias_in_gates", True, f"left out with `balance` = {config.balance!r}", remedy)
     check_balance(_shared(config, balance="none"))
+    check_unused(config)

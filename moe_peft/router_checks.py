@@ -19,6 +19,9 @@ SELECTING = frozenset(ROUTINGS) - DENSE_ROUTINGS
 SWITCHES = ("switch", "switch_local", "sequence")
 """Balances that look at the load."""
 
+AUX_LOSS_COEF, BIAS_UPDATE_SPEED = 0.001, 0.01
+"""The defaults of the two fields."""
+
 
 def check_routing(config: Any) -> None:
     """The rule, and the choices that it leaves open."""
@@ -351,6 +354,18 @@ def _check_balance_settings(config: Any) -> None:
         raise refuse("target_active", target, allowed, remedy)
     if not is_number(target) or not 0 < target < (config.top_k or 0):
         raise refuse("target_active", target, f"above 0 and below `top_k` = {config.top_k}", "1.5 of 3 is a start.")
+
+
+def check_unused(config: Any) -> None:
+    """What sets a balance that is not there: written, it would be ignored."""
+    coef, speed = config.router_aux_loss_coef, config.bias_update_speed
+    balance = f"with `balance` = {config.balance!r}"
+    if config.balance in ("none", "bias") and coef not in (0, AUX_LOSS_COEF):
+        why = "which has no loss" if config.balance == "bias" else "which has nothing to weigh"
+        remedy = "Remove it, or set `balance` to 'switch'."
+        raise refuse("router_aux_loss_coef", coef, f"left out {balance}, {why}", remedy)
+    if config.balance != "bias" and speed != BIAS_UPDATE_SPEED:
+        raise refuse("bias_update_speed", speed, f"left out {balance}", "Remove it, or set `balance` to 'bias'.")
 
 
 def check_localized_is_dense(config: Any) -> None:

@@ -243,3 +243,12 @@ def test_what_follows_from_an_override_is_decided_anew(overrides, top_k, balance
 def test_an_override_that_contradicts_another_is_still_refused():
     with pytest.raises(ValueError, match="`top_k` is 2, but must be left out"):
         catalogue.from_catalogue("molora", routing="softmax", top_k=2)
+
+
+def test_the_weight_of_a_balance_goes_with_the_balance():
+    assert from_catalogue("mixlora").router_aux_loss_coef == 0.002
+    assert from_catalogue("mixlora", balance="none").router_aux_loss_coef == 0.001  # the default, which counts nothing
+    with pytest.raises(
+        ValueError, match=r"`router_aux_loss_coef` is 0.1, but must be left out with `balance` = 'none'"
+    ):
+        from_catalogue("mixlora", balance="none", router_aux_loss_coef=0.1)

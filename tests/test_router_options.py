@@ -320,7 +320,7 @@ LOSSES = [
     ({"balance": "mi"}, TYPES, lambda *seen: COEF * by_types(*seen)),
     ({"balance": "mi"}, torch.arange(30).view(3, 10) % 2, lambda *seen: COEF * by_types(*seen)),
     (
-        {"balance": "none", "router_entropy_coef": 0.3, "routing": "top_p"},
+        {"balance": "none", "router_aux_loss_coef": 0.0, "router_entropy_coef": 0.3, "routing": "top_p"},
         None,
         lambda r, real, _: 0.3 * token_entropy(r.router_logits, real),
     ),
