@@ -203,6 +203,7 @@ class MoeConfig(PeftConfig):
         config.weights_follow = (
             config.inference_mode
         )  # PEFT sets it in what it saves; then nothing has to be drawn well
+        config.loaded_from = str(pretrained_model_name_or_path)  # for errors; not a field, so not saved
         return config
 
     def __post_init__(self) -> None:
