@@ -9,7 +9,7 @@ from moe_peft.rival import refuse_rival
 
 
 refuse_rival()
-for name in ("linear_moe", "ffn_moe", "rank_moe", "shard_pool"):
+for name in ("linear_moe", "ffn_moe", "rank_moe", "shard_pool", "domain_moe"):
     registration.reserve(name)
 
 from moe_peft.adding import add_experts, freeze_experts  # noqa: E402  (the enum members must exist first)
@@ -20,14 +20,18 @@ from moe_peft.collator import TaskTypeCollator  # noqa: E402
 from moe_peft.config import FfnMoeConfig, LinearMoeConfig  # noqa: E402
 from moe_peft.consistency import ConsistencyLoss, consistency_loss  # noqa: E402
 from moe_peft.context import set_aux_scale, set_step, task_types  # noqa: E402
+from moe_peft.domain_config import DomainMoeConfig  # noqa: E402
+from moe_peft.domain_loras import from_loras  # noqa: E402
 from moe_peft.ewa import EwaCallback  # noqa: E402
 from moe_peft.growing import grow  # noqa: E402
 from moe_peft.plain_lora import to_lora  # noqa: E402
+from moe_peft.prototypes import set_prototypes  # noqa: E402
 from moe_peft.pruning import expert_scores, prune_experts  # noqa: E402
 from moe_peft.rank_config import RankMoeConfig  # noqa: E402
 from moe_peft.router_init import init_routers  # noqa: E402
 from moe_peft.shard_config import ShardPoolConfig  # noqa: E402
 from moe_peft.tuners import base  # noqa: E402
+from moe_peft.tuners.domain_moe import DomainMoeModel  # noqa: E402
 from moe_peft.tuners.ffn_moe import FfnMoeModel  # noqa: E402
 from moe_peft.tuners.linear_moe import LinearMoeModel  # noqa: E402
 from moe_peft.tuners.rank_moe import RankMoeModel  # noqa: E402
@@ -40,11 +44,14 @@ registration.register("linear_moe", LinearMoeConfig, LinearMoeModel)
 registration.register("ffn_moe", FfnMoeConfig, FfnMoeModel)
 registration.register("rank_moe", RankMoeConfig, RankMoeModel)
 registration.register("shard_pool", ShardPoolConfig, ShardPoolModel)
+registration.register("domain_moe", DomainMoeConfig, DomainMoeModel)
 if install not in base.after_injection:
     base.after_injection.append(install)
 
 __all__ = [
     "ConsistencyLoss",
+    "DomainMoeConfig",
+    "DomainMoeModel",
     "EwaCallback",
     "FfnMoeConfig",
     "FfnMoeModel",
@@ -62,11 +69,13 @@ __all__ = [
     "expert_scores",
     "freeze_experts",
     "from_catalogue",
+    "from_loras",
     "grow",
     "init_experts_from_lora",
     "init_routers",
     "prune_experts",
     "set_aux_scale",
+    "set_prototypes",
     "set_step",
     "task_types",
     "to_lora",

@@ -65,6 +65,7 @@ class RouterState:
 
     Attributes:
         load: `[E]`, decaying counts of the slots that each expert got (over `window` updates), or None.
+        routers: how many routers share one loss on labels, whose mean is taken over them.
         window: `LOAD_WINDOW`, times the layers that ask this router in each micro-batch.
         step_counts: `[E + 1]`, the same since the last optimizer step and not decaying, then the number of tokens; None
             before any. Kept where `collects` is set, for the selection bias.
@@ -75,6 +76,7 @@ class RouterState:
     def __init__(self) -> None:
         self.load: Tensor | None = None
         self.window = LOAD_WINDOW
+        self.routers = 1
         self.collects = False
         self.step_counts: Tensor | None = None
         self.reset()

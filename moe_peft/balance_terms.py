@@ -86,6 +86,30 @@ def information_loss(router_logits: Tensor, groups: Tensor, num_groups: int, rea
     return (share * _entropy(by_group)).sum() - _entropy(overall)
 
 
+def label_loss(router_logits: Tensor, labels: Tensor, real: Tensor | None = None) -> Tensor:
+    """Cross-entropy of the logits against the sample's own expert, the mean over the real tokens, in nats (MeteoRA,
+    arXiv:2405.13053).
+
+    0 when every token is certain of its sample's expert, log N when undecided.
+
+    Args:
+        router_logits: `[T, N]`.
+        labels: `[T]`, whole numbers from 0 to N - 1.
+        real: `[T]` bool.
+    """
+    mask = _mask(router_logits, real)
+    of_label = router_logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    return -(of_label * mask).sum() / mask.sum().clamp(min=1)
+
+
+def label_gradient(router_logits: Tensor, labels: Tensor, real: Tensor | None = None) -> Tensor:
+    """The gradient of `label_loss` with respect to the logits in closed form, `[T, N]`: (softmax - one-hot) / T'."""
+    mask = _mask(router_logits, real)
+    gradient = router_logits.softmax(-1)
+    gradient = gradient.scatter_add(-1, labels.unsqueeze(-1), -torch.ones_like(gradient[:, :1]))
+    return gradient * (mask / mask.sum().clamp(min=1)).unsqueeze(-1)
+
+
 def _entropy(probs: Tensor) -> Tensor:
     return -(probs * probs.clamp(min=1e-30).log()).sum(-1)
 

@@ -191,6 +191,7 @@ class MoeConfig(PluginConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         # PEFT sets `inference_mode` in what it saves; then nothing has to be drawn well.
         config.weights_follow = config.inference_mode
+        config.loaded_from = str(pretrained_model_name_or_path)  # for errors; not a field, so not saved
         return config
 
     def __post_init__(self) -> None:

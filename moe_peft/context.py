@@ -20,10 +20,10 @@ from moe_peft.masks import real_from_mask
 
 _live: "WeakSet[RoutingContext]" = WeakSet()
 
-_PASSING = {"real": None, "prompt": None, "embeddings": None, "cache": None, "decoding": None}
+_PASSING = {"real": None, "prompt": None, "embeddings": None, "pool": None, "cache": None, "decoding": None}
 """What belongs to one pass and not to a copy of the model."""
 
-_OURS = ("task_types", "prompt_mask", "routing_embeddings")
+_OURS = ("task_types", "prompt_mask", "routing_embeddings", "routing_pool")
 """Arguments that travel through the model's layers to the attention for us, and are taken out there."""
 
 
@@ -127,8 +127,8 @@ def no_rows(balance: str) -> ValueError:
     )
 
 
-def check_types(types: Tensor, count: int | None = None) -> None:
-    """Refuse what is no task type. Negative ones would count from the end.
+def check_types(types: Tensor, count: int | None = None, names: list[str] | None = None) -> None:
+    """Refuse what is no task type. Negative ones would count from the end. `names` are the types', where they have any.
 
     Values are looked at on the CPU alone: elsewhere the host would have to wait for them.
     """
@@ -139,7 +139,11 @@ def check_types(types: Tensor, count: int | None = None) -> None:
     allowed = (
         "whole numbers from 0" if count is None else f"whole numbers from 0 to {count - 1}, as `expert_groups` has"
     )
-    raise refuse("task_types", types.flatten().tolist()[:8], allowed, "Number the types from 0.")
+    remedy = "Number the types from 0."
+    if names:
+        allowed = f"whole numbers from 0 to {len(names) - 1}, the places of the domains"
+        remedy = "They are " + ", ".join(f"{place} {name}" for place, name in enumerate(names)) + "."
+    raise refuse("task_types", types.flatten().tolist()[:8], allowed, remedy)
 
 
 class RoutingContext:
@@ -163,6 +167,8 @@ class RoutingContext:
         embedding_width: d of the input embeddings, 0 where the model has none.
         wants_embeddings: some router looks at the model's input embeddings.
         embeddings: `[B, S, d]` for it.
+        wants_pool: some gate looks at the prompt's embeddings, pooled.
+        pool: `[B, 2, d]` for it, their maximum and their mean.
         recording: count in inference too (for the routing report).
         counted: `[B, S]` bool, the only positions that a recording counts; None counts every real one.
         watching: count in training even where no balance loss asks for it.
@@ -175,11 +181,12 @@ class RoutingContext:
         self.fixed_types: Tensor | None = None
         self.rows = 0
         self.step: int | None = None
-        self.wants_prompt = self.wants_embeddings = False
+        self.wants_prompt = self.wants_embeddings = self.wants_pool = False
         self.units: dict[tuple[str, str], Any] = {}
         self.embedding_width = 0
         self.prompt: Tensor | None = None
         self.embeddings: Tensor | None = None
+        self.pool: Tensor | None = None
         self.cache: Any = None
         self.decoding: Any = None
         self.pinned: WeakKeyDictionary[Any, dict[int, Tensor]] = WeakKeyDictionary()
@@ -232,7 +239,7 @@ class RoutingContext:
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         # Layers before the first attention (hybrid models) must not see the mask of the batch before; they see none.
-        self.real = self.task_types = self.prompt = self.embeddings = self.cache = self.decoding = None
+        self.real = self.task_types = self.prompt = self.embeddings = self.pool = self.cache = self.decoding = None
         self.rows = 0
         if self._running is not None and not torch.compiler.is_compiling() and not self._running():
             self.scale_balance(1.0)
@@ -252,12 +259,15 @@ class RoutingContext:
             prompt = self._prompt(module, given) if given.get("prompt_mask") is None else None
             if prompt is not None:
                 extra["prompt_mask"] = prompt
-        if self.wants_embeddings:
+        if self.wants_embeddings or self.wants_pool:
             embeddings, ids = given.get("inputs_embeds"), given.get("input_ids")
             if embeddings is None and ids is not None:
                 embeddings = module.get_input_embeddings()(ids)  # type: ignore[operator]
-            if embeddings is not None:
+            if embeddings is not None and self.wants_embeddings:
                 extra["routing_embeddings"] = embeddings.detach()
+            if embeddings is not None and self.wants_pool:
+                prompt = extra.get("prompt_mask", given.get("prompt_mask"))
+                extra["routing_pool"] = pooled(embeddings.detach(), prompt, given.get("attention_mask"))
         return extra
 
     def _routes_sequences(self, module: nn.Module) -> bool:
@@ -341,6 +351,17 @@ class RoutingContext:
             )
         return found
 
+    def required_pool(self) -> Tensor:
+        """The prompts' embeddings, `[B, 2, d]`: their maximum and their mean.
+
+        Raises:
+            ValueError: if they did not arrive.
+        """
+        if self.pool is None:
+            allowed = "another where the model does not hand its input embeddings on to its layers"
+            raise refuse("gate", "sequence", allowed, "'token' needs nothing of the model.")
+        return self.pool
+
     def required_task_types(self) -> Tensor:
         """The samples' task types, `[B]`.
 
@@ -380,7 +401,7 @@ class RoutingContext:
     @contextmanager
     def of_rows(self, rows: list[int], total: int) -> Iterator[None]:
         """What is known of each row, for a layer that works on some rows of the batch alone (`adapter_names`)."""
-        names = ("real", "task_types", "fixed_types", "prompt", "embeddings", "rows")
+        names = ("real", "task_types", "fixed_types", "prompt", "embeddings", "pool", "rows")
         before = {name: getattr(self, name) for name in names}
         for name in names[:-1]:
             value = before[name]
@@ -414,6 +435,7 @@ class RoutingContext:
         self.task_types = None if task_types is None else _one_per_row(task_types, states)
         self.rows = 0 if states is None else states.shape[0]
         self.prompt, self.embeddings = ours.get("prompt_mask"), ours.get("routing_embeddings")
+        self.pool = ours.get("routing_pool")
         if self.wants_prompt:
             self.cache = _cache_of(given)
             layer = getattr(module, "layer_idx", None) or 0
@@ -421,6 +443,26 @@ class RoutingContext:
         watched = self.recording or self.wants_prompt or (module.training and torch.is_grad_enabled())
         self.real = real_from_mask(given.get("attention_mask"), states) if watched else None
         return args, kwargs
+
+
+def pooled(embeddings: Tensor, prompt: Tensor | None, attention_mask: Any) -> Tensor:
+    """Maximum and mean of the embeddings over the real tokens of each prompt, `[B, 2, d]`.
+
+    Args:
+        embeddings: `[B, S, d]`.
+        prompt: `[B, S]` bool, or None where all of it is the prompt.
+        attention_mask: as the model was given it, or None.
+    """
+    seen = real_from_mask(attention_mask, embeddings)
+    if seen is None or seen.shape != embeddings.shape[:2]:
+        seen = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+    if prompt is not None:
+        seen = seen & prompt.to(seen.device).bool()
+    seen = seen.unsqueeze(-1)
+    largest = embeddings.masked_fill(~seen, float("-inf")).amax(1)
+    largest = largest.masked_fill(~seen.any(1), 0.0)  # a row without a prompt, as in padding to a full batch
+    mean = (embeddings * seen).sum(1) / seen.sum(1).clamp(min=1)
+    return torch.stack((largest, mean), dim=1)
 
 
 def _leading_prompt(labels: Tensor, attention_mask: Tensor | None) -> Tensor:

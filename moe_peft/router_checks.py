@@ -276,7 +276,7 @@ def check_balance(config: Any) -> None:
     coef = config.router_aux_loss_coef
     if (
         config.routing == "top_1_hard"
-        and not config.freeze_router
+        and not (config.freeze_router or getattr(config, "supervised", False))
         and (config.balance in ("none", "cv2") or coef == 0)
     ):
         field, value, allowed = ("balance", config.balance, "'switch'")

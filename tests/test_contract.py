@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from moe_peft import FfnMoeConfig, LinearMoeConfig, RankMoeConfig, ShardPoolConfig
+from moe_peft import DomainMoeConfig, FfnMoeConfig, LinearMoeConfig, RankMoeConfig, ShardPoolConfig
 from moe_peft.tuners.base import MoeTunerLayer
 
 
@@ -69,11 +69,20 @@ SHARD_RULES = {
     "split B": {"num_splits": 4},
     "both split": {"num_splits": 2, "split_factors": "both"},
 }
+DOMAINS = {"domains": ["law", "code", "C++"]}
+DOMAIN_RULES = {
+    "unequal ranks": {**DOMAINS, "domain_ranks": [1, 4, 3], "rank_pattern": {"up_proj": [2, 0, 2]}},
+    "null": {**DOMAINS, "num_null_experts": 2, "top_k": 3, "balance": "switch"},
+    "arrow": {**DOMAINS, "gate": "arrow", "top_k": 2},
+    "one domain": {"domains": ["law"]},
+}
 CASES = [pytest.param(LinearMoeConfig, rule, id=f"LINEAR_MOE-{name}") for name, rule in LINEAR_RULES.items()]
 CASES += [pytest.param(FfnMoeConfig, {**BLOCK, **rule}, id=f"FFN_MOE-{name}") for name, rule in FFN_RULES.items()]
 CASES += [pytest.param(RankMoeConfig, rule, id=f"RANK_MOE-{name}") for name, rule in RANK_RULES.items()]
 CASES += [pytest.param(ShardPoolConfig, rule, id=f"SHARD_POOL-{name}") for name, rule in SHARD_RULES.items()]
+CASES += [pytest.param(DomainMoeConfig, rule, id=f"DOMAIN_MOE-{name}") for name, rule in DOMAIN_RULES.items()]
 ONE = {LinearMoeConfig: {"num_experts": 1}, FfnMoeConfig: {"num_experts": 1}, RankMoeConfig: {"r": 1}}  # not routed
+ONE[DomainMoeConfig] = {"domains": ["law"]}
 ROUTED = [case for case in CASES if case.values[1] | ONE.get(case.values[0], {}) != case.values[1]]
 LINEAR = [c for c in CASES if c.values[0] is not FfnMoeConfig and "router_scope" not in c.values[1]]
 
@@ -286,6 +295,7 @@ def test_two_active_adapters_add_up(config_class, rule):
     other = {
         LinearMoeConfig: {"num_experts": 2, "routing": "softmax"},
         RankMoeConfig: {"r": 4, "top_k": 2},
+        DomainMoeConfig: {"domains": ["one", "two"], "routing": "softmax"},
         ShardPoolConfig: {"equivalent_rank": 1},
     }[config_class]
     adapt(model, config_class, other, name="second", seed=4)

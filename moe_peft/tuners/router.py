@@ -22,7 +22,11 @@ from moe_peft.selection import ACTIVATIONS, at_random, evenly, given, only_allow
 from moe_peft.tuners.router_terms import Terms, balance_terms, bind_rule
 
 
-class _Anchored(Function):
+KEPT_IN_FP32 = ("selection_bias", "null_threshold")
+"""Buffers whose steps, or whose use in comparisons, are too fine for half precision."""
+
+
+class Anchored(Function):
     """Identity on weights that do not depend on the logits; backward reaches the logits all the same, with zeros.
 
     Without it nothing would lead from the loss to the router under "top_1_hard", and the balance gradient, which is added
@@ -116,12 +120,13 @@ class Router(nn.Module):
         self.register_buffer("expert_groups", groups, persistent=False)  # the config has it
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Router":
-        """As PyTorch's, but the selection bias stays in fp32 whatever the model is cast to: its steps are small."""
-        bias = self.selection_bias
+        """As PyTorch's, but `KEPT_IN_FP32` stay so whatever the model is cast to."""
+        kept = {name: buffer for name in KEPT_IN_FP32 if (buffer := self._buffers.get(name)) is not None}
         super()._apply(fn, recurse)
-        if bias is not None and self.selection_bias is not None and self.selection_bias.dtype != bias.dtype:
-            moved = self.selection_bias
-            self.selection_bias = moved.to(bias.dtype) if bias.is_meta else bias.to(moved.device)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = moved.to(buffer.dtype) if buffer.is_meta else buffer.to(moved.device)
         return self
 
     def reset_parameters(self, config: MoeConfig) -> None:
@@ -129,6 +134,10 @@ class Router(nn.Module):
         for expert in self.lora_A:
             nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B) if config.init_weights else nn.init.normal_(self.lora_B, std=0.02)
+        self.reset_router(config)
+
+    def reset_router(self, config: MoeConfig) -> None:
+        """Draw the rows of the router; its bias is zero."""
         if self.router_bias is not None:
             nn.init.zeros_(self.router_bias)
         if self.router is None:
@@ -201,7 +210,7 @@ class Router(nn.Module):
         routing = rule(logits, top_k)
         remember_choice(routing)
         if logits.requires_grad and not routing.top_k_weights.requires_grad:
-            routing = routing._replace(top_k_weights=_Anchored.apply(routing.top_k_weights, logits))
+            routing = routing._replace(top_k_weights=Anchored.apply(routing.top_k_weights, logits))
         return routing
 
     def _signal(self, logits: Tensor, context: RoutingContext, x: Tensor | None) -> Tensor:
@@ -250,12 +259,16 @@ class Router(nn.Module):
             if not logits.requires_grad:  # a frozen router, counted in backward all the same
                 logits = logits + 0 * self.lora_A.flatten()[0].to(logits.dtype)
             real = context.real_tokens(logits.shape[0])
-            task_types = context.required_task_types() if self.needs_task_types else context.task_types
+            task_types = self.sample_types(context)
             settings = rule, top_k, self.coef * self.share, self.gradient
             return balanced(logits, self.state, *settings, real, task_types, context, rows)
         if context.recording:
             self.state.observe(rule(logits, top_k), context.real_tokens(logits.shape[0]))
         return logits
+
+    def sample_types(self, context: RoutingContext) -> Tensor | None:
+        """The task types that the losses on the logits see, `[B]` or `[B, S]`."""
+        return context.required_task_types() if self.needs_task_types else context.task_types
 
 
 def _slots(config: MoeConfig, num_experts: int) -> int:

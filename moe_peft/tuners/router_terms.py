@@ -9,9 +9,9 @@ from torch import Tensor
 
 from moe_peft.attach import BalanceGradient, MicroBatch, RouterState, localized_step, loss_step, switch_step
 from moe_peft.balance import switch_gradient
-from moe_peft.balance_terms import cv2_loss, information_loss, sequence_loss, token_entropy
+from moe_peft.balance_terms import cv2_loss, information_loss, label_gradient, sequence_loss, token_entropy
 from moe_peft.config import MoeConfig
-from moe_peft.context import no_rows
+from moe_peft.context import no_rows, no_task_types
 from moe_peft.routing import RoutingRule
 from moe_peft.rules import NORMALISED_RULES, make_rule, null_pooled, switch_gradient_sigmoid, z_gradient
 from moe_peft.selection import Selection, selection_rule, sparsegen
@@ -88,6 +88,8 @@ def balance_terms(config: MoeConfig, num_null: int) -> Terms:
     coef = config.router_aux_loss_coef if config.balance not in ("none", "bias") else 0.0
     parts = [(coef, _gradient(config, num_null))]
     parts += [(config.router_z_loss_coef, _z_step), (config.router_entropy_coef, loss_step(_entropy))]
+    if getattr(config, "supervised", False):
+        parts.append((config.router_supervision_coef, _label_step))
     used = tuple((weight, step) for weight, step in parts if weight and step is not None)
     gradient: BalanceGradient | None = partial(_weighted_sum, terms=used)
     if len(used) < 2:
@@ -172,6 +174,16 @@ def _entropy(logits: Tensor, batch: MicroBatch, rule: RoutingRule, top_k: int) -
 
 def _z_step(state: RouterState, batch: MicroBatch, rule: RoutingRule, top_k: int) -> Tensor:
     return z_gradient(batch.routing.router_logits, batch.real)
+
+
+def _label_step(state: RouterState, batch: MicroBatch, rule: RoutingRule, top_k: int) -> Tensor:
+    """The gradient of the labels' cross-entropy, a mean over the tokens and over the routers that learn from it."""
+    types, logits = batch.task_types, batch.routing.router_logits
+    if types is None:
+        raise no_task_types("gate_training", "labels", "'loss'")
+    labels = types.reshape(-1).to(logits.device)
+    labels = labels.repeat_interleave(logits.shape[0] // labels.shape[0])
+    return label_gradient(logits, labels, batch.real) / state.routers
 
 
 def _weighted_sum(
