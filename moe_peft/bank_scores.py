@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -224,8 +224,11 @@ def _adapted(model: Any, folder: Path) -> Iterator[Any]:
     """The backbone with one LoRA, for inference; without it afterwards, whatever happens."""
     keep_trainable(model)  # a 4-bit backbone must not be repacked by a pass in evaluation mode
     flags = {module: module.training for module in model.modules()}
-    adapted = PeftModel.from_pretrained(model, str(folder), torch_device=str(_device(model)))
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = True
+    adapted = get_peft_model(model, config)  # first the layers, which `unload` removes also if the weights do not fit
     try:
+        adapted.load_adapter(str(folder), "default", torch_device=str(_device(model)))
         yield adapted.eval()
     finally:
         adapted.unload()

@@ -341,6 +341,15 @@ def test_scoring_needs_shots_and_a_bare_backbone(tmp_path, tokenizer, shots):
         score_bank(adapted_by_hand(entries[0].folder), tokenizer, entries, shots)
 
 
+def test_weights_that_do_not_fit_leave_the_backbone_bare(tmp_path, tokenizer, shots):
+    write_lora(tmp_path / "bank" / "wide", {"model.layers.0.self_attn.q_proj": (64, 70)})
+    model = backbone()
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        score_bank(model, tokenizer, scan_bank(tmp_path / "bank").entries, shots)
+    assert [name for name, _ in model.named_parameters()] == names
+
+
 def test_broken_weights_come_last(tmp_path, tokenizer, shots):
     bank, record = fill(tmp_path / "bank", 2), tmp_path / "scores.jsonl"
     weights = load_file(bank / "lora000" / "adapter_model.safetensors")
