@@ -54,6 +54,10 @@ class TrainArguments:
             "help": "Its split; without --eval_dataset a split of --dataset, or the share of it to hold out (0.1)."
         },
     )
+    experts_from: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Folders or ids of trained LoRAs that the experts start from, one for each expert."},
+    )
     load_in: str = field(
         default="4bit",
         metadata={"help": "4bit (NF4 with double quantisation), 8bit or none.", "choices": LOAD_IN},

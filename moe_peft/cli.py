@@ -215,6 +215,31 @@ def import_(
     import_checkpoint(Console(), source, output, model)
 
 
+@app.command()
+def bank(
+    bank: Annotated[Path, typer.Argument(help="A folder of LoRA folders, as PEFT saves them.")],
+    shots: Annotated[str, typer.Option(help="A few labelled rows, as for `train --dataset`; 50 are usual.")],
+    output: Annotated[Path, typer.Option(help="Gets scores, choice and a mixture to train; run again, it goes on.")],
+    model: Annotated[str, typer.Option(help="The backbone that the LoRAs are for.")] = "pocket",
+    select: Annotated[int, typer.Option(help="How many LoRAs to choose.")] = 4,
+    candidates: Annotated[int, typer.Option(help="Of how many by rank; all their subsets are tried.")] = 8,
+    open_rows: Annotated[
+        str | None, typer.Option(help="More rows: those most like the shots join the training rows.")
+    ] = None,
+    open_limit: Annotated[int, typer.Option(help="At most this many of them.")] = 1000,
+    skip_unusable: Annotated[
+        bool, typer.Option("--skip-unusable", help="List what cannot be used and go on without it.")
+    ] = False,
+    load_in: Annotated[str, typer.Option(help="4bit, 8bit or none.")] = "4bit",
+    batch_size: Annotated[int, typer.Option(help="Shots per pass.")] = 8,
+) -> None:
+    """Choose LoRAs of a bank by a few labelled shots (Rocket), and get a mixture of them to train."""
+    from moe_peft.bank_command import BankOptions, select_from_bank
+
+    limits = (open_rows, open_limit, skip_unusable, load_in, batch_size)
+    select_from_bank(Console(), BankOptions(bank, shots, output, model, select, candidates, *limits))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The entry point: runs a command and leaves with its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)

@@ -80,7 +80,7 @@ def batches_of(
     dataset = training_rows(name, split or "train", chat=tokenizer.chat_template is not None, keep=keep).dataset
     groups: dict[str, list[tuple[list[int], list[int]]]] = {}
     for row in dataset.shuffle(seed=0).select(range(min(limit, len(dataset)))):
-        ids, labels = _encode(row, tokenizer)
+        ids, labels = encode(row, tokenizer)
         groups.setdefault(str(row[by]) if by else "all", []).append((ids[:max_length], labels[:max_length]))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return {
@@ -103,7 +103,7 @@ def collate(rows: list[tuple[list[int], list[int]]], pad_token_id: int) -> Batch
     }
 
 
-def _encode(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
+def encode(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
     """Token ids and labels of one row in a format of TRL's; the loss is on the completion where there is one."""
     if "input_ids" in row:
         return list(row["input_ids"]), list(row.get("labels") or row["input_ids"])

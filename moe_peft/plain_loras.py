@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 from peft.utils.save_and_load import load_peft_weights
+from safetensors import safe_open
 from torch import Tensor
 
 from moe_peft.errors import refuse
@@ -55,11 +56,13 @@ _REFUSED = {
 }
 
 
-def read_lora(source: str | Path) -> PlainLora:
+def read_lora(source: str | Path, only_shapes: bool = False) -> PlainLora:
     """Config and weights, on the CPU, in fp32 or better.
 
     Args:
         source: a folder that PEFT saved, or an id on the Hub.
+        only_shapes: of the weights read the file's header alone; `pairs` are then on the meta device. For a folder with
+            an `adapter_model.safetensors`.
 
     Raises:
         ValueError: if it is no LoRA, or its weights are damaged. What it has beyond plain factors goes to `problems`.
@@ -79,9 +82,15 @@ def read_lora(source: str | Path) -> PlainLora:
             f"`init_lora_weights` is {init!r}, which changed the base model. Save it with PEFT's "
             "`path_initial_model_for_weight_conversion`"
         )
-    weights = load_peft_weights(name, device="cpu")
+    weights = _shapes(Path(name)) if only_shapes else load_peft_weights(name, device="cpu")
     pairs = _pairs(weights, config, problems)
     return PlainLora(name, config.base_model_name_or_path, pairs, problems)
+
+
+def _shapes(folder: Path) -> dict[str, Tensor]:
+    """Every tensor's name and shape, without its values."""
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
 
 
 def _pairs(weights: dict[str, Tensor], config: LoraConfig, problems: list[str]) -> dict[str, Pair]:

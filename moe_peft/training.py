@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 import yaml
 from datasets import Dataset
+from peft import PeftModel
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +29,7 @@ from moe_peft.collator import TaskTypeCollator
 from moe_peft.data import Rows, training_rows
 from moe_peft.errors import nearest, refuse
 from moe_peft.saving import begin, checkpoint_to_resume, put_in_place
+from moe_peft.upcycling import init_experts_from_lora
 
 
 LOG_FILE = "training_log.json"
@@ -151,6 +153,8 @@ def make_trainer(
                 f"router_aux_loss_coef={settings.training.router_aux_loss_coef}`."
             ) from error
         raise
+    if settings.arguments.experts_from:
+        init_experts_from_lora(cast(PeftModel, trainer.model), settings.arguments.experts_from)
     types = number_of_types(config)
     if types:
         trainer.data_collator = TaskTypeCollator(trainer.data_collator, num_types=types)
@@ -175,6 +179,8 @@ def notes(settings: Settings, trainer: SFTTrainer, rows: Rows) -> list[str]:
         cut = sum(len(ids) >= training.max_length for ids in prepared["input_ids"])
         if cut:
             said.append(f"{cut} rows are cut at `max_length` = {training.max_length} tokens.")
+    if settings.arguments.experts_from:
+        said.append(f"The experts start from {', '.join(settings.arguments.experts_from)}.")
     if settings.source.weights:
         said.append(
             f"'{settings.source.name}' lends its settings; its trained weights are not loaded and the experts start fresh."

@@ -45,6 +45,7 @@ BY_ARITHMETIC = {
     "ld-mole": on_llama_2_7b(*EVERY, 8, 8),
     "evomoe": on_llama_2_7b(*FFN, 8, 8),
     "smoe-dropout": on_llama_2_7b(*FFN, 16, 4, choices=0),  # the router is frozen
+    "rocket": on_llama_2_7b(*EVERY, 4, 16),
     "thor": on_llama_2_7b(*FFN, 2, 8, choices=0),
     "mod-squad": on_llama_2_7b(*FFN, 16, 4),
     "task-moe": on_llama_2_7b(*EVERY, 4 + 1, 8, choices=0),

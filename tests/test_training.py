@@ -283,6 +283,31 @@ def test_there_has_to_be_something_to_resume(tmp_path, wanted, message):
     assert checkpoint_to_resume(None, tmp_path) is checkpoint_to_resume("false", tmp_path) is None
 
 
+def test_experts_start_from_the_loras_that_are_named(rows, tmp_path):
+    """At a rate of nothing the command and the script both save what the LoRAs compute."""
+    from banks import linears, write_lora
+
+    layers = linears(load_backbone("pocket", "none"), "q_proj")
+    loras = [str(write_lora(tmp_path / f"lora{i}", layers, r=4, seed=i)) for i in range(2)]
+    arguments = [*SHORT, "--dataset", rows, "--max_steps", "1", "--learning_rate", "1e-30", "--load_in", "none",
+                 "--adapter", "rocket", "--set", "num_experts=2", "target_modules=[q_proj]", "--experts_from", *loras]  # fmt: skip
+    assert f"The experts start from {', '.join(loras)}." in trained(
+        *arguments, "--output_dir", str(tmp_path / "command")
+    )
+    runpy.run_path(str(ROOT / "train_scripts" / "sft.py"))["main"](
+        [*arguments, "--output_dir", str(tmp_path / "script")]
+    )
+    for kind in ("command", "script"):
+        saved = load_file(tmp_path / kind / "adapter_model.safetensors")
+        A, B = (next(t for k, t in saved.items() if f in k) for f in ("lora_A", "lora_B"))
+        for expert, lora in enumerate(loras):
+            given = load_file(Path(lora) / "adapter_model.safetensors")
+            a, b = (next(t for k, t in given.items() if f in k) for f in ("lora_A", "lora_B"))
+            torch.testing.assert_close(B[expert].T @ A[expert], 2 * b @ a, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="2 LoRAs for 3 experts"):
+        trained(*arguments, "--set", "num_experts=3", "--output_dir", str(tmp_path / "three"))
+
+
 def test_packing_and_evaluation_go_together(rows, tmp_path):
     arguments = [
         "--dataset",

@@ -28,7 +28,7 @@ import sys
 def main(argv: list[str]) -> None:
     from trl import SFTTrainer
 
-    from moe_peft import TaskTypeCollator  # importing the package registers its adapter types with PEFT
+    from moe_peft import TaskTypeCollator, init_experts_from_lora  # importing registers the adapter types with PEFT
     from moe_peft.arguments import parse
     from moe_peft.backbone import load_tokenizer
     from moe_peft.saving import checkpoint_to_resume, save_adapter
@@ -56,6 +56,8 @@ def main(argv: list[str]) -> None:
         peft_config=adapter,
     )
     trainer.model.print_trainable_parameters()
+    if arguments.experts_from:  # Rocket: every expert starts as a trained LoRA; see `moe-peft bank`
+        init_experts_from_lora(trainer.model, arguments.experts_from)
     if getattr(adapter, "balance", None) == "localized":  # LoRAMoE: the samples' task types have to reach the model
         trainer.data_collator = TaskTypeCollator(trainer.data_collator)
 
