@@ -5,7 +5,7 @@ learning rate differ.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -14,6 +14,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PrinterCallback, TrainerCallback
 
 from moe_peft.backbone import load_backbone, load_tokenizer
+from moe_peft.collator import TaskTypeCollator
 from moe_peft.pocket import Row, Suite, exact_match, knowledge_probe, per_domain
 
 
@@ -64,14 +65,16 @@ def load_pocket(quantize: bool = True) -> tuple[Any, Any]:
     return model, load_tokenizer("pocket")
 
 
-def tokenized(rows: list[Row], tokenizer: Any) -> Any:
-    """Rows as a dataset of `input_ids` and `labels`, loss on the answer and the end of text only."""
+def tokenized(rows: list[Row], tokenizer: Any, domains: Sequence[str] = ()) -> Any:
+    """Rows as a dataset of `input_ids` and `labels`, loss on the answer and the end of text only; with `domains` also the
+    place of the row's domain among them, as `task_type`."""
     from datasets import Dataset
 
-    def encode(row: Row) -> dict[str, list[int]]:
+    def encode(row: Row) -> dict[str, Any]:
         prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
         answer = [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+        known = {"task_type": domains.index(row["domain"])} if domains else {}
+        return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer, **known}
 
     return Dataset.from_list([encode(row) for row in rows])
 
@@ -94,10 +97,24 @@ def train_adapter(
         config: any PEFT config.
         output_dir: for the trainer; no checkpoints are written.
     """
-    from trl import SFTConfig, SFTTrainer
-
     torch.manual_seed(settings.seed)
     adapted = get_peft_model(model, config)
+    return train_on(adapted, tokenizer, tokenized(rows, tokenizer), settings, output_dir, callbacks, progress)
+
+
+def train_on(
+    adapted: PeftModel,
+    tokenizer: Any,
+    dataset: Any,
+    settings: TrialSettings,
+    output_dir: Path,
+    callbacks: list[TrainerCallback] | None = None,
+    progress: bool = False,
+) -> tuple[PeftModel, list[float]]:
+    """`train_adapter` for a model that has its adapter, and rows that are tokenized. A column `task_type` reaches it."""
+    from trl import SFTConfig, SFTTrainer
+
+    typed = "task_type" in dataset.column_names
     arguments = SFTConfig(
         output_dir=str(output_dir),
         max_steps=settings.steps,
@@ -116,15 +133,18 @@ def train_adapter(
         gradient_checkpointing=False,
         bf16=False,
         use_cpu=not torch.cuda.is_available(),
+        remove_unused_columns=not typed,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     trainer = SFTTrainer(
         model=adapted,
         args=arguments,
-        train_dataset=tokenized(rows, tokenizer),
+        train_dataset=dataset,
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+    if typed:
+        trainer.data_collator = TaskTypeCollator(trainer.data_collator, num_types=max(dataset["task_type"]) + 1)
     trainer.remove_callback(PrinterCallback)  # the losses are returned, not printed
     # TRL stores the adapters of a 4-bit model in bf16, where small steps are lost; every method here trains in fp32.
     for parameter in trainer.model.parameters():
