@@ -94,24 +94,24 @@ def parse(argv: Sequence[str], program: str = PROGRAM) -> Settings:
         ValueError: an unknown name, a value of the wrong kind, or settings that exclude each other.
         SystemExit: after `--help`.
     """
-    parser = _parser(program)
-    _apply(parser, _of_this_machine(), "this machine's settings")
+    parser = make_parser(program)
+    set_defaults(parser, of_this_machine(), "this machine's settings")
     pristine = {action.dest: action.default for action in reversed(parser._actions)}  # of --x and --no_x, that of --x
     undecided = {"assistant_only_loss": None, "eval_strategy": None}
-    _apply(parser, undecided, "the defaults")
+    set_defaults(parser, undecided, "the defaults")
 
-    first = _parsed(parser, argv)
+    first = parsed(parser, argv)
     own: dict[str, Any] = {}
     if first.config is not None:
-        own = _from_file(first.config)
+        own = from_file(first.config)
     own_overrides = pairs(own.pop("set", {}))
-    spec = first.adapter if _mentions(argv, "adapter") else own.get("adapter", first.adapter)
+    spec = first.adapter if mentions(argv, "adapter") else own.get("adapter", first.adapter)
     overrides = {**own_overrides, **pairs(first.set)}
     source = adapter_config(spec, **overrides)
-    _apply(parser, source.recipe, f"{RECIPE_FILE} of '{source.name}'")
-    _apply(parser, own, str(first.config))
+    set_defaults(parser, source.recipe, f"{RECIPE_FILE} of '{source.name}'")
+    set_defaults(parser, own, str(first.config))
 
-    values = vars(_parsed(parser, argv))
+    values = vars(parsed(parser, argv))
     values.pop("config")
     values["set"] = [f"{key}={value}" for key, value in overrides.items()]
     values["output_dir"] = values["output_dir"] or f"output/{source.name.rsplit('/', 1)[-1]}"
@@ -123,7 +123,7 @@ def parse(argv: Sequence[str], program: str = PROGRAM) -> Settings:
             given[key] = value
     _decide_evaluation(values)
     arguments = TrainArguments(**{f.name: values.pop(f.name) for f in fields(TrainArguments)})
-    _decide_quantisation(arguments, _mentions(argv, "load_in", "load-in") or "load_in" in own)
+    _decide_quantisation(arguments, mentions(argv, "load_in", "load-in") or "load_in" in own)
     if not arguments.dataset:
         raise ValueError(
             "`--dataset` is missing. Give a json, jsonl, csv, parquet or txt file, a folder of them, or an id on the Hub."
@@ -139,22 +139,29 @@ def make_sft_config(values: dict[str, Any]) -> SFTConfig:
 
 
 class _Parser(TrlParser):
-    """TRL's parser, with errors as exceptions; names have to be written out."""
+    """TRL's parser, with errors as exceptions; names have to be written out. `ours` is the first of its dataclasses."""
+
+    ours: type = TrainArguments
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message[:1].upper()}{message[1:]}. See `{self.prog} --help`.")
 
 
-def _parser(program: str) -> _Parser:
+def make_parser(
+    program: str, ours: type = TrainArguments, usage: str = "--adapter NAME --dataset FILE", description: str = ""
+) -> _Parser:
+    """A parser of the fields of `ours` and of TRL's `SFTConfig`."""
     parser = _Parser(
-        (TrainArguments, SFTConfig),  # pyright: ignore[reportArgumentType]  (its NewType stands for a dataclass)
+        (ours, SFTConfig),  # pyright: ignore[reportArgumentType]  (its NewType stands for a dataclass)
         prog=program,
-        usage=f"{program} --adapter NAME --dataset FILE [--model MODEL] [--config FILE.yaml] [--any_field_of_SFTConfig VALUE]",
-        description=f"Train a mixture of LoRA experts on a frozen backbone. Methods: {', '.join(methods())}.",
+        usage=f"{program} {usage} [--model MODEL] [--config FILE.yaml] [--any_field_of_SFTConfig VALUE]",
+        description=description
+        or f"Train a mixture of LoRA experts on a frozen backbone. Methods: {', '.join(methods())}.",
         epilog="Every field of TRL's SFTConfig is an option here; --help_all shows them.",
         allow_abbrev=False,
         add_help=False,
     )
+    parser.ours = ours
     parser.add_argument("--config", metavar="FILE.yaml", help="Settings of your own, over those of the recipe.")
     parser.add_argument("-h", "--help", action=_Help, help="Show this and stop.")
     parser.add_argument("--help_all", "--help-all", action=_Help, help="Show the fields of SFTConfig as well.")
@@ -175,7 +182,8 @@ class _Help(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         if "--help_all" not in self.option_strings:
-            ours = {f.name for f in fields(TrainArguments)} | {"config", "output_dir", "resume_from_checkpoint"}
+            assert isinstance(parser, _Parser)
+            ours = {f.name for f in fields(parser.ours)} | {"config", "output_dir", "resume_from_checkpoint"}
             for action in parser._actions:
                 if action.dest not in ours and not isinstance(action, _Help):
                     action.help = argparse.SUPPRESS
@@ -183,7 +191,7 @@ class _Help(argparse.Action):
         parser.exit()
 
 
-def _parsed(parser: _Parser, argv: Sequence[str]) -> argparse.Namespace:
+def parsed(parser: _Parser, argv: Sequence[str]) -> argparse.Namespace:
     namespace, rest = parser.parse_known_args(list(argv))
     if rest:
         option = next((word for word in rest if word.startswith("--")), None)
@@ -198,11 +206,11 @@ def _names(parser: _Parser) -> list[str]:
     return [action.dest for action in parser._actions if action.dest != argparse.SUPPRESS]
 
 
-def _mentions(argv: Sequence[str], *names: str) -> bool:
+def mentions(argv: Sequence[str], *names: str) -> bool:
     return any(word.split("=")[0] == f"--{name}" for word in argv for name in names)
 
 
-def _apply(parser: _Parser, settings: dict[str, Any], origin: str) -> None:
+def set_defaults(parser: _Parser, settings: dict[str, Any], origin: str) -> None:
     """Make `settings` the defaults, checked and converted as if they had been typed."""
     for key, value in settings.items():
         actions = [action for action in parser._actions if action.dest == key]
@@ -218,14 +226,14 @@ def _apply(parser: _Parser, settings: dict[str, Any], origin: str) -> None:
             action.default = value
 
 
-def _from_file(path: str) -> dict[str, Any]:
+def from_file(path: str) -> dict[str, Any]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f"`--config` is '{path}', but there is no such file. Give a YAML file with settings.")
     return load_settings(file.read_text(encoding="utf-8"), path)
 
 
-def _of_this_machine() -> dict[str, Any]:
+def of_this_machine() -> dict[str, Any]:
     """Mixed precision where the device has it; TRL's own default asks for bf16 even on a CPU, and fails."""
     if torch.cuda.is_available():
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
