@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from moe_peft.context import pooled
-from moe_peft.domain_config import TRAINING_FREE
+from moe_peft.domain_config import ARROWS
 from moe_peft.errors import nearest, refuse
 from moe_peft.merge import on_device, routed_layers
 from moe_peft.tuners.domain_experts import DomainExperts
@@ -67,12 +67,12 @@ def set_prototypes(
     """
     config = model.peft_config[adapter_name]
     gate = getattr(config, "gate", None)
-    if gate not in TRAINING_FREE:
+    if gate not in ("prototype", *ARROWS):
         remedy = "Train the other gates; `gate='prototype'` and 'arrow' need no training."
-        raise refuse("gate", gate, " or ".join(map(repr, TRAINING_FREE)), remedy)
-    if gate == "arrow":
+        raise refuse("gate", gate, "'prototype', 'arrow' or 'arrow_init'", remedy)
+    if gate in ARROWS:
         if batches is not None:
-            raise refuse("batches", list(batches), "left out with `gate` = 'arrow'", "It reads the experts alone.")
+            raise refuse("batches", list(batches), f"left out with `gate` = {gate!r}", "It reads the experts alone.")
         arrow_prototypes(model, adapter_name)
         return
     experts = gate_of_model(model, adapter_name)

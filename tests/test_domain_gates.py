@@ -311,7 +311,7 @@ def test_set_prototypes_refuses(tokens):
         set_prototypes(model, {"law": batch, "medicine": batch, "code": []})
     with pytest.raises(ValueError, match="`batches` is 'coed', but must be of the domains .* Did you mean 'code'"):
         set_prototypes(model, {"law": batch, "coed": batch})
-    with pytest.raises(ValueError, match="`gate` is 'token', but must be 'prototype' or 'arrow'"):
+    with pytest.raises(ValueError, match="`gate` is 'token', but must be 'prototype', 'arrow' or 'arrow_init'"):
         set_prototypes(adapted())
     with pytest.raises(ValueError, match="`batches` is .* left out with `gate` = 'arrow'"):
         set_prototypes(adapted(gate="arrow"), {"law": batch})
@@ -338,9 +338,10 @@ def test_the_singular_vector_is_that_of_the_dense_product():
     assert not top_right_singular_vector(A, torch.zeros_like(B)).any()
 
 
-def test_arrow_weighs_experts_by_the_absolute_product_with_their_strongest_direction(tmp_path):
+@pytest.mark.parametrize("gate", ["arrow", "arrow_init"])
+def test_arrow_weighs_experts_by_the_absolute_product_with_their_strongest_direction(tmp_path, gate):
     loras = {name: make_lora(tmp_path, name) for name in LORAS}
-    model = from_loras(loras, make_tiny_llama(dtype=torch.float64), gate="arrow", top_k=2).eval()
+    model = from_loras(loras, make_tiny_llama(dtype=torch.float64), gate=gate, top_k=2).eval()
     layer = model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
     factors = layer.expert_factors("default")
     directions = torch.stack([torch.linalg.svd(B.T @ A).Vh[0] for A, B in factors.values()])
@@ -351,7 +352,8 @@ def test_arrow_weighs_experts_by_the_absolute_product_with_their_strongest_direc
     wanted = layer.base_layer(x) + sum(gates[:, [i]] * (x @ A.T @ B) for i, (A, B) in enumerate(factors.values()))
     with torch.no_grad():
         torch.testing.assert_close(layer(x), wanted, **EXACT)
-    assert not [name for name, p in model.named_parameters() if p.requires_grad]  # nothing is left to train
+    trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == (set() if gate == "arrow" else {"router"})
 
 
 # --- the null expert ---
