@@ -25,7 +25,7 @@ from moe_peft.domain_loras import from_loras  # noqa: E402
 from moe_peft.ewa import EwaCallback  # noqa: E402
 from moe_peft.growing import grow  # noqa: E402
 from moe_peft.plain_lora import to_lora  # noqa: E402
-from moe_peft.prototypes import set_prototypes  # noqa: E402
+from moe_peft.prototypes import set_null_threshold, set_prototypes  # noqa: E402
 from moe_peft.pruning import expert_scores, prune_experts  # noqa: E402
 from moe_peft.rank_config import RankMoeConfig  # noqa: E402
 from moe_peft.router_init import init_routers  # noqa: E402
@@ -75,6 +75,7 @@ __all__ = [
     "init_routers",
     "prune_experts",
     "set_aux_scale",
+    "set_null_threshold",
     "set_prototypes",
     "set_step",
     "task_types",

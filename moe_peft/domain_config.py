@@ -17,13 +17,15 @@ GATES: dict[str, dict[str, Any]] = {
     "given": {"routing": "given"},
     "prototype": {"routing": "top_1_hard", "router_granularity": "sequence", "freeze_router": True},
     "arrow": {"routing": "softmax_top_k", "freeze_router": True},
+    "arrow_init": {"routing": "softmax_top_k"},
 }
 """The value of `gate` -> the fields of [`MoeConfig`] that it fixes."""
 
 MODEL_GATES = ("sequence", "prototype")
 """Gates of which the whole model has one, on the embeddings of the prompt."""
 
-TRAINED_GATES = ("token", "sequence")
+TRAINED_GATES = ("token", "sequence", "arrow_init")
+ARROWS = ("arrow", "arrow_init")
 TRAINING_FREE = ("prototype", "arrow")
 
 LEARNS_FROM = ("loss", "labels", "both")
@@ -48,9 +50,9 @@ class DomainMoeConfig(MoeConfig):
             for all that is generated (SteloCoder, arXiv:2310.15539). "given": the sample's domain, from `task_types`.
             "prototype": the domain whose mean prompt embedding lies nearest; nothing is trained
             (`moe_peft.set_prototypes`). "arrow": each token to the experts whose strongest direction it lies along;
-            computed from the experts alone (Arrow, arXiv:2405.11157).
+            computed from the experts alone (Arrow, arXiv:2405.11157). "arrow_init": the same start, and trained on.
         gate_training (`str`, *optional*, defaults to `"loss"`):
-            What "token" and "sequence" learn from: "loss", the trainer's; "labels", the samples' domains by
+            What a trained gate learns from: "loss", the trainer's; "labels", the samples' domains by
             cross-entropy; "both". Labels are `task_types` in the batch.
         router_supervision_coef (`float`, *optional*, defaults to 50.0):
             Weight of that cross-entropy, a mean over the real tokens and over all routers. 50 is MeteoRA's.
@@ -141,7 +143,7 @@ def _check_gate(config: DomainMoeConfig) -> None:
         raise refuse("routing", config.routing, "a rule with a router for the gate 'token'", "Use `gate='given'`.")
     if config.gate == "token" and config.routing == "softmax_top_k" and config.top_k is None:
         config.top_k = min(2, len(config.names))
-    if config.gate == "arrow" and config.top_k is None:
+    if config.gate in ARROWS and config.top_k is None:
         config.top_k = min(4, len(config.names))  # the paper's
     if config.gate in MODEL_GATES and (config.num_null_experts or config.expert_groups is not None):
         name = "num_null_experts" if config.num_null_experts else "expert_groups"
@@ -162,11 +164,11 @@ _SHAPES = {
 
 
 def _check_what_shapes_a_router(config: DomainMoeConfig) -> None:
-    without = dict(_SHAPES) if config.gate in (*MODEL_GATES, "arrow") else {}
+    without = dict(_SHAPES) if config.gate in (*MODEL_GATES, *ARROWS) else {}
     if config.gate in MODEL_GATES:
         without |= {"router_scale": 1.0}
-        if config.gate == "sequence":
-            without.pop("router_init_std")
+    if config.gate in TRAINED_GATES:
+        without.pop("router_init_std", None)
     for name, left_out in {"router_jitter_noise": 0.0, **without}.items():
         if getattr(config, name) != left_out:
             remedy = f"Remove `{name}`."

@@ -9,7 +9,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from moe_peft.backbone import load_backbone
-from moe_peft.domain_config import DomainMoeConfig, name_problems
+from moe_peft.domain_config import ARROWS, DomainMoeConfig, name_problems
 from moe_peft.errors import nearest, refuse
 from moe_peft.loaded import backbone_named
 from moe_peft.merge import routed_layers
@@ -73,7 +73,7 @@ def from_loras(
     config = _config(model, names, ranks, gate, {"task_type": tasks.pop() if len(tasks) == 1 else None, **fields})
     adapted = get_peft_model(model, config, adapter_name=adapter_name)  # type: ignore[arg-type]
     _write(adapted, [lora for _, lora in read], names, adapter_name)
-    if gate == "arrow":
+    if gate in ARROWS:
         arrow_prototypes(adapted, adapter_name)
     return adapted  # type: ignore[return-value]
 

@@ -1,14 +1,14 @@
 """Gates that nothing trains: prototypes of the domains from labelled text, or from the experts' own weights."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
 from moe_peft.context import pooled
-from moe_peft.domain_config import TRAINING_FREE
+from moe_peft.domain_config import ARROWS
 from moe_peft.errors import nearest, refuse
 from moe_peft.merge import on_device, routed_layers
 from moe_peft.tuners.domain_experts import DomainExperts
@@ -67,12 +67,12 @@ def set_prototypes(
     """
     config = model.peft_config[adapter_name]
     gate = getattr(config, "gate", None)
-    if gate not in TRAINING_FREE:
+    if gate not in ("prototype", *ARROWS):
         remedy = "Train the other gates; `gate='prototype'` and 'arrow' need no training."
-        raise refuse("gate", gate, " or ".join(map(repr, TRAINING_FREE)), remedy)
-    if gate == "arrow":
+        raise refuse("gate", gate, "'prototype', 'arrow' or 'arrow_init'", remedy)
+    if gate in ARROWS:
         if batches is not None:
-            raise refuse("batches", list(batches), "left out with `gate` = 'arrow'", "It reads the experts alone.")
+            raise refuse("batches", list(batches), f"left out with `gate` = {gate!r}", "It reads the experts alone.")
         arrow_prototypes(model, adapter_name)
         return
     experts = gate_of_model(model, adapter_name)
@@ -144,3 +144,79 @@ def top_right_singular_vector(A: Tensor, B: Tensor) -> Tensor:
     S = torch.linalg.qr(B.double().T).R
     _, sigma, Vh = torch.linalg.svd(S @ R.T)
     return (Q @ Vh[0]) * bool(sigma[0] > 0)
+
+
+class NullThreshold(NamedTuple):
+    """What `set_null_threshold` found.
+
+    Attributes:
+        threshold: a prompt whose best domain scores below it gets the frozen model.
+        kept: the share of known prompts that keep their expert.
+        rejected: the share of unknown ones that fall to the frozen model; None where none were given.
+    """
+
+    threshold: float
+    kept: float
+    rejected: float | None
+
+
+def set_null_threshold(
+    model: PeftModel,
+    known: Iterable[Batch],
+    unknown: Iterable[Batch] | None = None,
+    quantile: float = 0.05,
+    adapter_name: str = "default",
+) -> NullThreshold:
+    """Let prompts that fit no domain fall to the frozen model: set the score that the best domain has to reach.
+
+    The score is the log-probability of the best domain under "sequence", minus the distance to its prototype under
+    "prototype". With unknown prompts the threshold is the one with the best mean of the share of known ones kept and that of
+    unknown ones turned away, half way between the two scores that it lies between; without, the `quantile` of the known
+    scores. It is saved with the adapter. Training does not look at it.
+
+    Args:
+        model: with an adapter whose gate is the model's.
+        known: held-out batches of prompts of the domains, as for `set_prototypes`.
+        unknown: batches of prompts that no domain is for, or of several at once.
+        quantile: the share of known prompts that may be turned away, where there are no unknown ones.
+        adapter_name: which adapter.
+
+    Raises:
+        ValueError: a gate without a threshold, no prompts, a quantile that is no share.
+    """
+    if not isinstance(quantile, (int, float)) or not 0 <= quantile < 1:
+        raise refuse("quantile", quantile, "at least 0 and below 1", "0.05 turns one known prompt in twenty away.")
+    gate = gate_of_model(model, adapter_name)
+    good = best_scores(model, gate, known)
+    bad = best_scores(model, gate, unknown) if unknown is not None else None
+    for name, scores in (("known", good), ("unknown", bad)):
+        if scores is not None and not len(scores):
+            raise refuse(name, "empty", "at least one batch of prompts", "A threshold is set from data.")
+    threshold = torch.quantile(good, quantile) if bad is None else separating(good, bad)
+    gate.null_threshold.copy_(threshold)
+    exact = gate.null_threshold.to(good)
+    rejected = None if bad is None else float((bad < exact).double().mean())
+    return NullThreshold(float(exact), float((good >= exact).double().mean()), rejected)
+
+
+def best_scores(model: PeftModel, gate: DomainExperts, batches: Iterable[Batch]) -> Tensor:
+    """The best domain's score of each prompt, `[N]` in fp64."""
+    pools = prompt_pools(model, batches)
+    if not len(pools):
+        return torch.zeros(0, dtype=torch.float64)
+    with torch.no_grad():
+        return gate.prompt_scores(pools).amax(-1).double().cpu()
+
+
+def separating(good: Tensor, bad: Tensor) -> Tensor:
+    """The threshold with the largest mean of `P(good >= t)` and `P(bad < t)`, half way to the next score below.
+
+    Args:
+        good, bad: `[N]`, `[M]` scores.
+    """
+    scores = torch.cat((good, bad)).unique()
+    ends = torch.cat((scores[:1] - 1, scores, scores[-1:] + 1))
+    middles = (ends[1:] + ends[:-1]) / 2
+    kept = (good.unsqueeze(0) >= middles.unsqueeze(1)).double().mean(1)
+    rejected = (bad.unsqueeze(0) < middles.unsqueeze(1)).double().mean(1)
+    return middles[(kept + rejected).argmax()]

@@ -66,6 +66,8 @@ def number_of_types(config: Any) -> int:
     """How many task types the adapter tells apart; 0 where it does not look at them."""
     if getattr(config, "balance", None) == "localized":
         return 2
+    if getattr(config, "supervised", False):
+        return len(getattr(config, "domains", None) or ())
     return len(getattr(config, "expert_groups", None) or ())
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moe_peft.attach import RoutingContext
 from moe_peft.context import check_types, no_task_types
-from moe_peft.domain_config import MODEL_GATES, TRAINING_FREE, DomainMoeConfig
+from moe_peft.domain_config import ARROWS, MODEL_GATES, TRAINING_FREE, DomainMoeConfig
 from moe_peft.errors import refuse
 from moe_peft.experts import experts_decoded, experts_out, stacked_in
 from moe_peft.products import stacked_products
@@ -201,7 +201,7 @@ class DomainExperts(Router):
         if logits is None:
             one = like.new_ones(len(like), 1, dtype=routing_dtype(like.dtype))
             return Routing(one, one, None)
-        if self.gate == "arrow":
+        if self.gate in ARROWS:
             self._check_ready()
             logits = logits.abs()
         flat = x.reshape(-1, x.shape[-1]) if self.cosine else None

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from moe_peft import FfnMoeConfig, LinearMoeConfig, RankMoeConfig, ShardPoolConfig
+from moe_peft import DomainMoeConfig, FfnMoeConfig, LinearMoeConfig, RankMoeConfig, ShardPoolConfig
 
 
 PEFT_VERSION = version("peft")
@@ -170,7 +170,7 @@ fetch_error = None if unwanted or upstream_is_here() else fetch()
 RULES: dict[str, dict[str, Any]] = {
     "one expert": {"num_experts": 1},
     "top-k": {"num_experts": 4, "top_k": 2},
-    "dense": {"num_experts": 3, "routing": "softmax"},
+    "dense": {"num_experts": 3, "routing": "softmax", "router_init_std": 0.0},
     "shared": {"num_experts": 2, "top_k": 2, "num_shared_experts": 1},
     "top-1": {"num_experts": 4, "routing": "top_1"},
 }
@@ -193,6 +193,16 @@ RANK_RULES: dict[str, dict[str, Any]] = {
     "ranks by a router": {"r": 8, "top_k": 4},
     "ranks by themselves": {"r": 8, "top_k": 4, "routing": "self_activated", "temperature": 0.3},
 }
+DOMAIN_RULES: dict[str, dict[str, Any]] = {
+    "one domain": {"domains": ["law"], "num_experts": 1},
+    "domains": {"domains": ["law", "code", "C#"], "num_experts": 3, "routing": "softmax", "router_init_std": 0.0},
+    "domains of unequal ranks": {
+        "domains": ["law", "code"],
+        "num_experts": 2,
+        "domain_ranks": [1, 3],
+        "router_init_std": 0.0,
+    },
+}
 SMALL = {"r": 4, "lora_alpha": 4}
 """For tests that take steps at learning rate 0.5 on inputs up to 90."""
 LARGE = {"r": 4, "lora_alpha": 32}
@@ -210,7 +220,7 @@ def is_routed(case: Any) -> bool:
             return False
         if isinstance(value, RankMoeConfig):
             experts = value.r
-        elif isinstance(value, (LinearMoeConfig, FfnMoeConfig)):
+        elif isinstance(value, (LinearMoeConfig, FfnMoeConfig, DomainMoeConfig)):
             experts = value.num_experts
         else:
             experts = _experts(value, ranks) if isinstance(value, dict) else None

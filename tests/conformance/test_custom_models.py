@@ -4,13 +4,14 @@ import re
 
 import pytest
 
-from moe_peft import LinearMoeConfig, RankMoeConfig, ShardPoolConfig
+from moe_peft import DomainMoeConfig, LinearMoeConfig, RankMoeConfig, ShardPoolConfig
 
-from .factory import RANK_RULES, RULES, SHARD_RULES, SMALL, rebuild
+from .factory import DOMAIN_RULES, RANK_RULES, RULES, SHARD_RULES, SMALL, rebuild
 
 
 KINDS = [(LinearMoeConfig, "linear_moe", rule, settings) for rule, settings in RULES.items()]
 KINDS += [(ShardPoolConfig, "shard_pool", rule, settings) for rule, settings in SHARD_RULES.items()]
+KINDS += [(DomainMoeConfig, "domain_moe", rule, settings) for rule, settings in DOMAIN_RULES.items()]
 KINDS += [(RankMoeConfig, "rank_moe", rule, settings) for rule, settings in RANK_RULES.items()]
 
 
@@ -32,7 +33,7 @@ def _cases() -> list:
         pytest.param(f"{rule} {target}", model, config_class, {**kwargs, **SMALL, **settings}, id=f"{rule}-{target}")
         for config_class, _, rule, settings in KINDS
         for target, (model, kwargs) in targets.items()
-        if rule in ("one expert", "top-k", "pools", "one rank", "ranks by a router")
+        if rule in ("one expert", "top-k", "pools", "one rank", "ranks by a router", "domains")
         or target in ("first", "Conv1D", "and a saved module")
     ]
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from moe_peft import LinearMoeConfig, RankMoeConfig, ShardPoolConfig
+from moe_peft import DomainMoeConfig, LinearMoeConfig, RankMoeConfig, ShardPoolConfig
 
 from . import checkpoints
-from .factory import JOINED, LARGE, RANK_RULES, RULES, SHARD_RULES, rebuild, upstream
+from .factory import DOMAIN_RULES, JOINED, LARGE, RANK_RULES, RULES, SHARD_RULES, rebuild, upstream
 
 
 pytest.importorskip("bitsandbytes")
@@ -34,6 +34,7 @@ TestQuantization = rebuild(
                 pytest.param(ShardPoolConfig, {**QV, **kwargs}, id=name)
                 for name, kwargs in {**SHARD_RULES, "pools": JOINED}.items()
             ),
+            *(pytest.param(DomainMoeConfig, {**QV, **kwargs}, id=name) for name, kwargs in DOMAIN_RULES.items()),
             *(pytest.param(RankMoeConfig, {**QV, **kwargs}, id=name) for name, kwargs in RANK_RULES.items()),
         ],
     },
