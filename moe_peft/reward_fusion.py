@@ -11,6 +11,7 @@ No mixture of weights: m passes with m adapters.
 """
 
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from moe_peft.backbone import keep_trainable
+from moe_peft.backbone import keep_trainable, quantisation
 from moe_peft.catalogue import CONFIG_FILE
 from moe_peft.errors import nearest, refuse
 from moe_peft.saving import begin, put_in_place
@@ -80,8 +81,8 @@ def check_names(field: str, names: Sequence[str]) -> None:
         ValueError: one that cannot, or one that is there twice.
     """
     for name in names:
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or name in "lora_":
-            allowed = "names of letters, digits, '-' and '_', and none that is part of 'lora_'"
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name in "lora_" or name == "default":
+            allowed = "names of letters, digits, '-' and '_', not 'default' and no part of 'lora_'"
             raise refuse(field, name, allowed, "Rename it: it becomes a folder and an adapter's name.")
     double = sorted({name for name in names if list(names).count(name) > 1})
     if double:
@@ -350,9 +351,44 @@ def last_tokens(input_ids: Tensor, attention_mask: Tensor | None, pad_token_id: 
     return places[-1].expand(len(input_ids))
 
 
-def load_classifier(name: str, pad_token_id: int | None, **kwargs: Any) -> Any:
-    """A backbone as a sequence classification model with one label, in evaluation mode."""
-    kwargs.setdefault("dtype", torch.float32)
-    model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **kwargs)
+def load_classifier(
+    name: str,
+    pad_token_id: int | None,
+    load_in: str = "none",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """A backbone as a sequence classification model with one label, in evaluation mode.
+
+    Args:
+        name: a folder or an id on the Hub.
+        pad_token_id: by which the model finds where a row ends.
+        load_in: "none", "4bit" (NF4 with double quantisation) or "8bit"; the score head is not quantised.
+        device: all of it goes there.
+        dtype: of the weights, and what 4-bit weights compute in.
+
+    Raises:
+        ValueError: unknown `load_in`.
+    """
+    options: dict[str, Any] = {"num_labels": 1, "dtype": dtype}
+    if device is not None:
+        options["device_map"] = {"": device}
+    if load_in != "none":
+        options["quantization_config"] = quantisation(load_in, dtype)
+    model = AutoModelForSequenceClassification.from_pretrained(name, **options)
     model.config.get_text_config().pad_token_id = pad_token_id
     return keep_trainable(model).eval()
+
+
+def save_expert(experts: PeftModel, name: str, folder: Path) -> None:
+    """One adapter with its score head, whole or not at all.
+
+    Args:
+        experts: carries the adapter.
+        name: of the adapter.
+        folder: gets its config and weights.
+    """
+    beside = begin(folder)
+    experts.save_pretrained(str(beside), selected_adapters=[name])
+    put_in_place(beside / name if (beside / name).is_dir() else beside, folder)
+    shutil.rmtree(beside, ignore_errors=True)

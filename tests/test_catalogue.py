@@ -57,6 +57,7 @@ BY_ARITHMETIC = {
     "global-lora-moe": (32 * 5 * 4 * (4 * 2 * D_MODEL + D_MODEL + D_FFN) + 5 * D_MODEL, 5 * D_MODEL),
 }
 AS_PUBLISHED |= BY_ARITHMETIC
+AS_PUBLISHED |= {"dmoerm": (32 * 2 * 32 * 2 * D_MODEL, 0)}  # the LoRA of one capability
 SHRINKS = {"mixlora-dynamic", "mixlora-switch"}  # published with weights that sum to less than 1
 
 
