@@ -182,7 +182,9 @@ class RewardFusionModel(PreTrainedModel):
             there = rows.to(input_ids.device)
             mask = None if attention_mask is None else attention_mask[there]
             states = self.states(input_ids[there], mask, self.config.heads[head])
-            logits = logits.index_copy(0, rows, self.fusion[head](states.to(self.device, self.dtype)))
+            with torch.autocast(self.device.type, enabled=False):  # the head is small: rewards keep their digits
+                reward = self.fusion[head](states.to(self.device, self.dtype))
+            logits = logits.index_copy(0, rows, reward)
         return SequenceClassifierOutput(logits=logits)
 
     def _heads_of(self, categories: Sequence[str] | None, batch: int) -> list[str]:
@@ -279,13 +281,18 @@ class RewardFusionModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *args: Any, backbone: nn.Module | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *args: Any,
+        backbone: nn.Module | None = None,
+        load_in: str = "none",
+        **kwargs: Any,
     ) -> "RewardFusionModel":
         """
         Args:
             pretrained_model_name_or_path: a folder that `save_pretrained` wrote.
-            backbone: a sequence classification model with one label; by default the one that the config names, loaded in
-                fp32.
+            backbone: a sequence classification model with one label; by default the one that the config names, in fp32.
+            load_in: "4bit" or "8bit" for an own backbone, if the experts were trained so; see `load_classifier`.
             kwargs: for transformers' `from_pretrained` of the heads.
 
         Raises:
@@ -300,12 +307,17 @@ class RewardFusionModel(PreTrainedModel):
                     "config.json names it in `capabilities`. Save the model again, or fetch the folder anew."
                 )
         if backbone is None:
-            backbone = load_classifier(config.base_model_name_or_path, config.pad_token_id)
+            backbone = load_classifier(config.base_model_name_or_path, config.pad_token_id, load_in)
         first, *others = config.capabilities
         experts = PeftModel.from_pretrained(backbone, str(folder / EXPERTS_FOLDER / first), adapter_name=first)
         for name in others:
             experts.load_adapter(str(folder / EXPERTS_FOLDER / name), adapter_name=name)
-        return super().from_pretrained(str(folder), *args, experts=experts, **kwargs)
+        model = super().from_pretrained(str(folder), *args, experts=experts, **kwargs)
+        for (
+            parameter
+        ) in model.parameters():  # transformers leaves them in the file's memory map, at odd addresses, where
+            parameter.data = parameter.data.clone()  # a product may round differently: copied, they give the same bits
+        return model
 
 
 def fuse(

@@ -90,6 +90,10 @@ def test_two_experts_together_beat_either_alone(tmp_path):
     frozen = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trainer = trained(fused, pairs(whole, 800, seed=5), 100, tmp_path)
     together = trainer.evaluate(held_out)["eval_accuracy"]
+    trainer.save_model(str(tmp_path / "checkpoint"))  # as its checkpoints do
+    again = RewardFusionModel.from_pretrained(tmp_path / "checkpoint", backbone=classifier())
+    ids = torch.tensor([held_out[0]["chosen_ids"]])
+    assert torch.equal(again.eval()(ids).logits, fused.eval()(ids).logits)
     print(f"alone {alone}, together {together}")
     assert together > max(alone.values()) + 0.03
     assert all(torch.equal(frozen[name], tensor) for name, tensor in model.state_dict().items())
@@ -115,20 +119,23 @@ def write(path, category=False):
 
 def run(*argv):
     options = [item for key, value in QUIET.items() for item in (f"--{key}", str(value))]
-    more = ["--per_device_train_batch_size", "4", "--max_steps", "1", "--load_in", "none", "--set", "r=2"]
+    more = ["--per_device_train_batch_size", "4", "--max_steps", "1", "--set", "r=2"]
     runpy.run_path(str(ROOT / "train_scripts" / "reward_dmoerm.py"))["main"]([*options, *more, *argv])
 
 
 @pytest.mark.parametrize("category", [False, True])
 def test_the_script_trains_every_stage_and_what_it_saves_comes_back(category, tmp_path, capsys):
     out = tmp_path / "out"
-    more = ["--categories", "chat=kind,brief", "facts=brief"] if category else []
+    load_in = "none" if category else "4bit"
+    if not category:
+        pytest.importorskip("bitsandbytes")
+    more = ["--load_in", load_in, *(["--categories", "chat=kind,brief", "facts=brief"] if category else [])]
     path = write(tmp_path / "pairs.jsonl", category)
     run("--dataset", path, "--output_dir", str(out), "--held_out", "0.25", *more)
     printed = capsys.readouterr().out
     for part in ("kind: 8 pairs.", "brief: 8 pairs.", "kind alone", "fusion, chat" if category else "fusion, all"):
         assert part in printed
-    model = RewardFusionModel.from_pretrained(out)
+    model = RewardFusionModel.from_pretrained(out, load_in=load_in)
     assert model.config.capabilities == ["kind", "brief"]
     assert model.config.categories == ({"chat": ["kind", "brief"], "facts": ["brief"]} if category else None)
     for name in ("kind", "brief"):
@@ -136,6 +143,20 @@ def test_the_script_trains_every_stage_and_what_it_saves_comes_back(category, tm
         assert any(key.endswith("score.weight") for key in weights)
         assert all(tensor.any() for key, tensor in weights.items() if "lora_B" in key)
     before = {path: path.read_bytes() for path in (out / "experts").rglob("adapter_model.safetensors")}
+    with pytest.raises(
+        ValueError, match=r"`categories.chat` is 'kin', but must be among 'kind', 'brief'. Did you mean 'kind'"
+    ):
+        run(
+            "--dataset",
+            write(tmp_path / "c.jsonl", True),
+            "--output_dir",
+            str(tmp_path / "x"),
+            "--categories",
+            "chat=kin",
+            "facts=brief",
+        )
+    with pytest.raises(ValueError, match="`held_out` is 1.0, a share, but must be above 0 and below 1"):
+        run("--dataset", path, "--held_out", "1")
     with pytest.raises(ValueError, match=r"`output_dir` is .*, which is not empty. Name another"):
         run("--dataset", path, "--output_dir", str(out))
     (out / "experts" / "brief" / "adapter_config.json").unlink()  # killed before the second was saved

@@ -110,6 +110,15 @@ def test_dropout_of_the_experts_is_off_in_training():
     assert torch.equal(model(**batch()).logits, model(**batch()).logits)
 
 
+def test_the_head_counts_in_its_own_precision_under_autocast():
+    model = fuse(experts()).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(**batch()).logits
+    assert found.dtype == torch.float32
+    found.sum().backward()
+    torch.testing.assert_close(found, model(**batch()).logits, rtol=0.1, atol=0.1)
+
+
 def test_padding_changes_nothing():
     model, inputs = fuse(experts()).double(), batch()
     model.experts.double()

@@ -55,13 +55,22 @@ def main(argv: list[str]) -> None:
     from moe_peft.catalogue import adapter_config, recipe
     from moe_peft.plain_yaml import pairs
     from moe_peft.preferences import preferences
-    from moe_peft.reward_fusion import EXPERTS_FOLDER, check_names, fuse, load_classifier, save_expert
+    from moe_peft.reward_fusion import (
+        EXPERTS_FOLDER,
+        check_categories,
+        check_names,
+        fuse,
+        load_classifier,
+        save_expert,
+    )
     from moe_peft.reward_router import fit_router
 
     on_gpu = torch.cuda.is_available()
     parser = TrlParser((Arguments, RewardConfig), prog="python train_scripts/reward_dmoerm.py")
     parser.set_defaults(bf16=on_gpu, use_cpu=not on_gpu, output_dir="output/dmoerm", **recipe("dmoerm"))
     arguments, training = parser.parse_args_and_config(argv)
+    if not 0 < arguments.held_out < 1:
+        raise ValueError(f"`held_out` is {arguments.held_out}, a share, but must be above 0 and below 1, as 0.1.")
     output, resume = Path(training.output_dir), bool(training.resume_from_checkpoint)
     training.resume_from_checkpoint = None
     if not resume and output.is_dir() and any(output.iterdir()):
@@ -75,6 +84,8 @@ def main(argv: list[str]) -> None:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     rows = preferences(arguments.dataset, arguments.split, categories=None if categories is None else list(categories))
     check_names("capability", list(rows.by_capability))
+    if categories is not None:
+        check_categories(categories, list(rows.by_capability))
     parts = rows.overall.train_test_split(test_size=arguments.held_out, seed=training.seed)
 
     # The frozen backbone with one output
@@ -90,10 +101,10 @@ def main(argv: list[str]) -> None:
         if resume and (there / "adapter_config.json").is_file():
             print(f"{name}: taken from {there}.")
             if experts is None:
-                experts = PeftModel.from_pretrained(backbone, str(there), adapter_name=name, is_trainable=True)
+                experts = PeftModel.from_pretrained(backbone, str(there), adapter_name=name)
             else:
-                experts.load_adapter(str(there), adapter_name=name, is_trainable=True)
-            experts.set_adapter(name)
+                experts.load_adapter(str(there), adapter_name=name)
+            experts.set_adapter(name, inference_mode=True)  # frozen: TRL would round what it takes for trainable
             steps = 0
         else:
             config = adapter_config(arguments.adapter, **pairs(arguments.set)).config
@@ -106,6 +117,10 @@ def main(argv: list[str]) -> None:
             print(f"{name}: {steps} pairs.")
         stage = dataclasses.replace(training, output_dir=str(output / "stages" / name))
         trainer = RewardTrainer(model=experts, args=stage, train_dataset=judged, processing_class=tokenizer)
+        for parameter in (p for p in experts.parameters() if p.requires_grad):
+            parameter.data = (
+                parameter.data.float()
+            )  # TRL stores those of a 4-bit model in bf16, where small steps are lost
         if steps:
             trainer.train()
             save_expert(experts, name, there)
@@ -146,7 +161,8 @@ def main(argv: list[str]) -> None:
         **{f"fusion, {n}": a for n, a in together.items()},
     }.items():
         print(f"  {name:<24} {accuracy:.1%}")
-    print(f"Saved to {output}: `RewardFusionModel.from_pretrained({str(output)!r})`.")
+    loaded = "" if arguments.load_in == "none" else f", load_in={arguments.load_in!r}"
+    print(f"Saved to {output}: `RewardFusionModel.from_pretrained({str(output)!r}{loaded})`.")
 
 
 if __name__ == "__main__":
