@@ -93,8 +93,7 @@ def load_backbone(
         ValueError: unknown `load_in`, or a model that cannot be loaded.
         ImportError: bitsandbytes is needed and not installed.
     """
-    if load_in not in ("4bit", "8bit", "none"):
-        raise refuse("load_in", load_in, "'4bit', '8bit' or 'none'", nearest(load_in, ("4bit", "8bit", "none")))
+    check_load_in(load_in)
     path = model_path(name)
     shared = {key: kwargs[key] for key in ("trust_remote_code", "revision", "token") if key in kwargs}
     if device is not None:
@@ -102,7 +101,7 @@ def load_backbone(
     try:
         config = AutoConfig.from_pretrained(path, **shared)
         if getattr(config, "quantization_config", None) is None and load_in != "none":
-            kwargs.setdefault("quantization_config", _quantisation(load_in, kwargs.get("dtype", torch.float32)))
+            kwargs.setdefault("quantization_config", quantisation(load_in, kwargs.get("dtype", torch.float32)))
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     except (OSError, ValueError) as error:
         raise ValueError(f"The model '{name}' cannot be loaded: {_first_sentence(error)}") from error
@@ -120,7 +119,23 @@ def keep_trainable(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _quantisation(load_in: str, compute_dtype: Any) -> BitsAndBytesConfig:
+def check_load_in(load_in: str) -> None:
+    """
+    Raises:
+        ValueError: if it is not one of the three.
+    """
+    if load_in not in ("4bit", "8bit", "none"):
+        raise refuse("load_in", load_in, "'4bit', '8bit' or 'none'", nearest(load_in, ("4bit", "8bit", "none")))
+
+
+def quantisation(load_in: str, compute_dtype: Any) -> BitsAndBytesConfig:
+    """For `from_pretrained`: NF4 with double quantisation, or 8 bits.
+
+    Raises:
+        ValueError: unknown `load_in`.
+        ImportError: bitsandbytes is not installed.
+    """
+    check_load_in(load_in)
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:

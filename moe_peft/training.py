@@ -78,6 +78,12 @@ def load_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[R
         ValueError: see `training_rows`; or the adapter's balance and the way of batching exclude each other.
     """
     arguments, training = settings.arguments, settings.training
+    task = settings.source.config.task_type
+    if task not in (None, "CAUSAL_LM"):
+        remedy = "A reward model trains with train_scripts/reward_dmoerm.py, or TRL's RewardTrainer."
+        raise refuse(
+            f"task_type of {settings.source.name}", str(task), "'CAUSAL_LM' for supervised fine-tuning", remedy
+        )
     needs_types = number_of_types(settings.source.config)
     if needs_types and (training.packing or training.padding_free):
         raise ValueError(

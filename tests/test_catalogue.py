@@ -64,6 +64,7 @@ BY_ARITHMETIC |= {
     "arrow-init": on_llama_2_7b(*EVERY, 4, 4),
 }
 AS_PUBLISHED |= BY_ARITHMETIC
+AS_PUBLISHED |= {"dmoerm": (32 * 2 * 32 * 2 * D_MODEL, 0)}  # the LoRA of one capability
 SHRINKS = {"mixlora-dynamic", "mixlora-switch"}  # published with weights that sum to less than 1
 
 

@@ -66,13 +66,27 @@ def test_a_state_is_what_the_experts_own_score_head_sees(side):
             torch.testing.assert_close(score(state), model(**inputs).logits, rtol=1e-6, atol=1e-6)
 
 
+@torch.no_grad()
+def states_in_one_pass(model, input_ids, attention_mask, capabilities):
+    """By PEFT's mixed batches: each row stands once for every expert."""
+    many, found = len(capabilities), []
+    names = [name for name in capabilities for _ in range(len(input_ids))]
+    body = model.experts.get_base_model().model
+    hook = body.register_forward_hook(lambda module, given, output: found.append(output.last_hidden_state))
+    ids = input_ids.repeat(many, 1)
+    model.experts(input_ids=ids, attention_mask=attention_mask.repeat(many, 1), adapter_names=names)
+    hook.remove()
+    states = found[0][torch.arange(len(ids)), last_tokens(ids, None, 0)]
+    return torch.cat(states.chunk(many), dim=-1)
+
+
 def test_one_pass_is_as_good_as_many():
     model, inputs = fuse(experts(["kind", "brief", "true"])).double(), batch()
     model.experts.double()
     names = ["true", "kind", "brief"]
     apart, together = (
         model.states(**inputs, capabilities=names),
-        model.states_in_one_pass(**inputs, capabilities=names),
+        states_in_one_pass(model, **inputs, capabilities=names),
     )
     torch.testing.assert_close(apart, together, rtol=1e-9, atol=1e-11)
 
@@ -108,6 +122,15 @@ def test_dropout_of_the_experts_is_off_in_training():
     model = fuse(experts(lora_dropout=0.5)).train()
     model.experts.train()
     assert torch.equal(model(**batch()).logits, model(**batch()).logits)
+
+
+def test_the_head_counts_in_its_own_precision_under_autocast():
+    model = fuse(experts()).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(**batch()).logits
+    assert found.dtype == torch.float32
+    found.sum().backward()
+    torch.testing.assert_close(found, model(**batch()).logits, rtol=0.1, atol=0.1)
 
 
 def test_padding_changes_nothing():
