@@ -44,7 +44,8 @@ def _empty_parent() -> Iterator[None]:
         yield
         return
     spec = importlib.util.find_spec("moe_peft")
-    assert spec is not None and spec.submodule_search_locations is not None
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
     parent = ModuleType("moe_peft")
     parent.__path__, parent.__spec__ = list(spec.submodule_search_locations), spec
     sys.modules["moe_peft"] = parent
