@@ -2,7 +2,7 @@
 
 Started by `test_serving_vllm.py` with the interpreter of an environment that has vLLM and no PEFT:
 
-    python vllm_on_cpu.py CASES OUT
+    python vllm_on_cpu.py CASES OUT [PLAIN_LORA]
 
 Nothing is compiled there, so three things are not vLLM's: attention is torch's, over the same packed tokens, linears are
 `F.linear`, and norms are the torch forms that vLLM's operators have of themselves.
@@ -72,6 +72,23 @@ def serve(case: Path) -> dict[str, torch.Tensor]:
     return got
 
 
+def read_lora(folder: Path) -> dict[str, torch.Tensor]:
+    """What vLLM's LoRA loader makes of a plain LoRA: the change of each module's weight."""
+    from vllm.config.lora import LoRAConfig
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.peft_helper import PEFTHelper
+
+    helper = PEFTHelper.from_local_dir(str(folder), None)
+    record = json.loads((folder / "moe_peft_export.json").read_text())
+    rank = int(record["vllm_flag"].split()[-1]) if record["vllm_flag"] else 16
+    helper.validate_legal(LoRAConfig(max_lora_rank=rank))
+    modules = {name.rpartition(".")[2] for name in record["ranks"]}
+    model = LoRAModel.from_local_checkpoint(
+        str(folder), modules, helper, lora_model_id=1, device="cpu", dtype=torch.float32
+    )
+    return {name: (lora.scaling * lora.lora_b @ lora.lora_a).contiguous() for name, lora in model.loras.items()}
+
+
 def main() -> None:
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -80,6 +97,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     Attention.forward = attend
+    torch.accelerator.empty_cache = lambda: None  # which asks for a GPU even where the target is the CPU
     load_general_plugins()
     cases, out = Path(sys.argv[1]), Path(sys.argv[2])
     with set_current_vllm_config(VllmConfig()):
@@ -88,6 +106,8 @@ def main() -> None:
     logits = {}
     for case in sorted(cases.iterdir()):
         logits |= serve(case)
+    if len(sys.argv) > 3:
+        save_file(read_lora(Path(sys.argv[3])), out.with_name("lora.safetensors"))
     for library in ("peft", "trl", "bitsandbytes"):
         assert library not in sys.modules, library
     save_file(logits, out)
