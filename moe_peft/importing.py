@@ -153,7 +153,7 @@ def _check_activation(backbone: nn.Module, name: str | None) -> None:
     """MoE-PEFT runs the experts with `act_fn`; here they share the block, and so its activation."""
     from transformers.activations import ACT2FN
 
-    from moe_peft.tuners.ffn_blocks import ACTIVATIONS
+    from moe_peft.ffn_names import ACTIVATIONS
 
     if name is None:
         return

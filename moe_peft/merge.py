@@ -15,16 +15,15 @@ much text is read, and the frozen weight is never touched: a 4-bit backbone stay
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moe_peft.errors import nearest, refuse
+from moe_peft.portable_lora import Factors, lora_config, lora_state, portable, write_portable_lora
 from moe_peft.routing import routing_dtype
-from moe_peft.saving import begin, put_in_place
 from moe_peft.tuners.layer import MoeTunerLayer
 from moe_peft.tuners.linear_moe import LinearMoeLinear, RoutedLora
 from moe_peft.tuners.rank_moe import RankExperts, RankMoeLinear
@@ -36,13 +35,6 @@ METHODS = ("lstsq", "mean")
 Batch = dict[str, Any]
 
 Experts = RoutedLora | RankExperts
-
-
-class Factors(NamedTuple):
-    """One layer's static LoRA: `y + x @ A.T @ B.T`, with A `[rank, d_in]` and B `[d_out, rank]` in fp32."""
-
-    A: Tensor
-    B: Tensor
 
 
 def routed_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, MoeTunerLayer]:
@@ -218,26 +210,10 @@ def factors_to_peft(
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The config and state dict of a plain PEFT LoRA whose scale is exactly 1, for any PEFT and LoRA server.
 
-    Layers may differ in rank: the smallest is the LoRA's, the rest stand in `rank_pattern` and `alpha_pattern`.
+    All layers get the rank of the largest, filled up with zeros (`portable_lora`).
     """
-    ranks = {name: f.A.shape[0] for name, f in factors.items()}
-    r = min(ranks.values())
-    pattern = {name: value for name, value in ranks.items() if value != r}
-    config = LoraConfig(
-        r=r,
-        lora_alpha=r,
-        target_modules=sorted(factors),
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
-        task_type=task_type,
-        base_model_name_or_path=base_model,
-        inference_mode=True,
-    )
-    state = {}
-    for name, f in factors.items():
-        state[f"base_model.model.{name}.lora_A.weight"] = f.A.contiguous().cpu()
-        state[f"base_model.model.{name}.lora_B.weight"] = f.B.contiguous().cpu()
-    return config, state
+    same = portable(factors)
+    return lora_config(same, base_model, task_type), lora_state(same)
 
 
 @contextmanager
@@ -269,19 +245,9 @@ def save_static(
     also: dict[str, str] | None = None,
     task_type: str | None = "CAUSAL_LM",
 ) -> LoraConfig:
-    """Write the static LoRA as a plain PEFT adapter, in one step; files of other names in `folder` are left alone.
+    """`write_portable_lora`: the static LoRA as a plain PEFT adapter that servers take.
 
-    Args:
-        folder: gets `adapter_config.json` and `adapter_model.safetensors`.
-        base_model: what the config names as its base.
-        also: further files to write, name -> text.
-        task_type: PEFT's, of the adapter that it stands for.
+    Raises:
+        ValueError: as it does.
     """
-    config, state = factors_to_peft(factors, base_model, task_type)
-    beside = begin(folder)
-    config.save_pretrained(str(beside))
-    save_file(state, beside / "adapter_model.safetensors", metadata={"format": "pt"})
-    for name, text in (also or {}).items():
-        (beside / name).write_text(text)
-    put_in_place(beside, folder)
-    return config
+    return write_portable_lora(factors, folder, base_model, task_type=task_type, also=also)

@@ -25,8 +25,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from moe_peft import FfnMoeConfig
 from moe_peft.balance import switch_loss
+from moe_peft.ffn_names import GLU_CLASSES, TWO_MATRIX_CLASSES
 from moe_peft.rules import top_1_hard
-from moe_peft.tuners.ffn_blocks import GLU_CLASSES, TWO_MATRIX_CLASSES, find_blocks
+from moe_peft.tuners.ffn_blocks import find_blocks
 from moe_peft.tuners.ffn_fast import FastForward
 from moe_peft.tuners.ffn_moe import FfnMoeLinear, MixedBlock
 

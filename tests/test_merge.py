@@ -172,7 +172,7 @@ def test_what_is_saved_is_a_plain_lora_that_loads_without_this_package(tmp_path)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), here, rtol=1e-4, atol=1e-5)
 
 
-def test_layers_of_unequal_rank_keep_theirs(tmp_path):
+def test_layers_of_unequal_rank_get_one_and_stay_the_same_maps(tmp_path):
     model = routed_model(num_experts="2:4")
     factors = fit_static(model, text(3))
     save_static(factors, tmp_path / "plain", None)
@@ -187,7 +187,7 @@ def test_saving_again_replaces_its_own_files_and_leaves_others_alone(tmp_path):
     (folder / "thesis.txt").write_text("years of work")
     save_static(fit_static(model, text(2), rank=3), folder, None)
     names = sorted(path.name for path in folder.iterdir())
-    assert names == ["adapter_config.json", "adapter_model.safetensors", "thesis.txt"]
+    assert names == ["adapter_config.json", "adapter_model.safetensors", "moe_peft_export.json", "thesis.txt"]
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 3
 
 

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from moe_peft.attach import RoutingContext
+from moe_peft.bound_rules import scaling, sums_to_one
 from moe_peft.config import FfnMoeConfig
 from moe_peft.experts import experts_out
 from moe_peft.ffn import out_product
 from moe_peft.ffn_fan import fan_in, fan_out
 from moe_peft.routing import Routing
 from moe_peft.rules import jittered
-from moe_peft.tuners.router import Router, compute_dtype, scaling
-from moe_peft.tuners.router_terms import sums_to_one
+from moe_peft.tuners.router import Router, compute_dtype
 
 
 @final

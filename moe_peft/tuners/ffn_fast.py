@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from moe_peft.ffn import mixed_hidden
 from moe_peft.ffn_block import ffn_block
+from moe_peft.ffn_names import fast_activation
 from moe_peft.products import stacked_products
 from moe_peft.rules import jittered
-from moe_peft.tuners.ffn_blocks import fast_activation
 from moe_peft.tuners.ffn_experts import FfnExperts
 from moe_peft.tuners.router import compute_dtype
 

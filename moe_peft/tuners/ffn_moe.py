@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from moe_peft.attach import RoutingContext
 from moe_peft.config import FfnMoeConfig
 from moe_peft.errors import refuse
+from moe_peft.ffn_names import BlockNames
 from moe_peft.routing import Routing
 from moe_peft.tuners.base import MoeTuner, MoeTunerLayer
-from moe_peft.tuners.ffn_blocks import BlockNames, find_blocks, looked_for
+from moe_peft.tuners.ffn_blocks import find_blocks, looked_for
 from moe_peft.tuners.ffn_experts import FfnExperts
 from moe_peft.tuners.ffn_fast import FastForward
 from moe_peft.tuners.principal import start_from_principal

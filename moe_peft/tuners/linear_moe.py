@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moe_peft.attach import RoutingContext
 from moe_peft.balance import LOAD_WINDOW
+from moe_peft.bound_rules import scaling
 from moe_peft.config import LinearMoeConfig, MoeConfig
 from moe_peft.errors import refuse
 from moe_peft.experts import experts_decoded, experts_out, stacked_in
@@ -21,7 +22,7 @@ from moe_peft.routing import Routing, dense_weights, routing_dtype, with_shared
 from moe_peft.rules import jittered
 from moe_peft.tuners.base import MoeTuner, MoeTunerLayer
 from moe_peft.tuners.principal import start_from_principal
-from moe_peft.tuners.router import Router, compute_dtype, scaling
+from moe_peft.tuners.router import Router, compute_dtype
 from moe_peft.tuners.scopes import RouterUnit, unit_key
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_peft.attach import RoutingContext
+from moe_peft.bound_rules import rank_scaling
 from moe_peft.experts import experts_decoded, experts_out, stacked_in
 from moe_peft.products import stacked_products
 from moe_peft.rank_config import SELF, RankMoeConfig
@@ -23,7 +24,7 @@ from moe_peft.rank_rules import own_logits, rank_top_k, self_activated
 from moe_peft.routing import Routing, RoutingRule, dense_weights, routing_dtype
 from moe_peft.tuners.base import MoeTuner, MoeTunerLayer
 from moe_peft.tuners.linear_moe import FEW_TOKENS
-from moe_peft.tuners.router import Router, compute_dtype, scaling
+from moe_peft.tuners.router import Router, compute_dtype
 
 
 @final
@@ -205,11 +206,6 @@ class RankExperts(Router):
         self.consolidate()
         self._set_up(config, d_in, d_out, r)
         self.to(device=like.device, dtype=like.dtype)
-
-
-def rank_scaling(config: RankMoeConfig, r: int) -> float:
-    """`lora_alpha` over the number of ranks that share the weight: k where the gates sum to k, r where they sum to 1."""
-    return scaling(config, r if config.routing == SELF else min(config.top_k or r, r))
 
 
 @final

@@ -15,11 +15,12 @@ from torch.autograd import Function
 
 from moe_peft.attach import RouterState, RoutingContext, balanced, remember_choice
 from moe_peft.balance_terms import updated_bias
+from moe_peft.bound_rules import bind_rule, signal
 from moe_peft.config import MoeConfig
 from moe_peft.routing import Routing, RoutingRule, routing_dtype
 from moe_peft.rules import TOP_1_RULES
 from moe_peft.selection import ACTIVATIONS, at_random, evenly, given, only_allowed
-from moe_peft.tuners.router_terms import Terms, balance_terms, bind_rule
+from moe_peft.tuners.router_terms import Terms, balance_terms
 
 
 KEPT_IN_FP32 = ("selection_bias", "null_threshold")
@@ -214,16 +215,8 @@ class Router(nn.Module):
         return routing
 
     def _signal(self, logits: Tensor, context: RoutingContext, x: Tensor | None) -> Tensor:
-        if self.cosine:
-            assert x is not None
-            norms = x.to(logits.dtype).norm(dim=-1, keepdim=True) * self.router.to(logits.dtype).norm(dim=-1)
-            logits = logits / norms.clamp(min=1e-12)
-        if self.router_bias is not None:
-            logits = logits + self.router_bias.to(logits.dtype)
-        if self.act is not None:
-            logits = self.act(logits)
-        scale = self.scale(context)
-        return logits if scale == 1.0 else logits * scale
+        seen = x if self.cosine else None
+        return signal(logits, self.scale(context), self.router, seen, self.router_bias, self.act)
 
     def _of_sequence(self, logits: Tensor, context: RoutingContext, rows: int) -> Tensor:
         """Every token gets its row's mean over the prompt; the tokens that are generated keep what the prompt decided."""
@@ -283,8 +276,3 @@ def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return weight.dtype
-
-
-def scaling(config: MoeConfig, r: int) -> float:
-    """LoRA's scale for rank `r`."""
-    return config.lora_alpha / (math.sqrt(r) if config.use_rslora else r)

@@ -1,6 +1,5 @@
-"""From a config to what its routers compute with: the rule, and the balance losses as one gradient."""
+"""From a config to what keeps its routers' experts in use: the balance losses as one gradient."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -13,8 +12,7 @@ from moe_peft.balance_terms import cv2_loss, information_loss, label_gradient, s
 from moe_peft.config import MoeConfig
 from moe_peft.context import no_rows, no_task_types
 from moe_peft.routing import RoutingRule
-from moe_peft.rules import NORMALISED_RULES, make_rule, null_pooled, switch_gradient_sigmoid, z_gradient
-from moe_peft.selection import Selection, selection_rule, sparsegen
+from moe_peft.rules import null_pooled, switch_gradient_sigmoid, z_gradient
 
 
 class Terms(NamedTuple):
@@ -27,57 +25,6 @@ class Terms(NamedTuple):
     gradient: BalanceGradient | None
     bias_update_speed: float
     target_active: float | None
-
-
-# --- the rule ---
-
-
-def bind_rule(config: MoeConfig, num_null: int, own: RoutingRule | None = None) -> Callable[..., RoutingRule]:
-    """A function from the selection bias (or nothing) to the rule that the config names, or to a type's own."""
-    if own is not None:
-        return partial(_without_bias, own)
-    if config.routing == "sparsegen":
-        return partial(_without_bias, partial(sparsegen, sparsity=config.sparsegen_lambda or 0.0))
-    if config.routing in ("random", "given"):
-        return partial(_without_bias, make_rule("softmax"))  # never asked
-    how = selection_of(config, num_null)
-    if how is not None:
-        return partial(selection_rule, how)
-    if config.routing == "sigmoid_top_k":
-        return _sigmoid_rule
-    return partial(_without_bias, make_rule(config.routing, top_p=config.top_p, num_null=num_null))
-
-
-def selection_of(config: MoeConfig, num_null: int) -> Selection | None:
-    """The choices of `selection`, or None where a rule of `rules` says it all and is the shorter way."""
-    scoring = "sigmoid" if config.scoring_func == "sigmoid" or config.routing == "sigmoid_top_k" else "softmax"
-    plain = config.routed_scaling_factor == 1.0 and config.balance != "bias" and config.expert_groups is None
-    plain &= not (num_null and scoring == "sigmoid")  # the named rule knows no null experts
-    if config.routing in ("top_k", "all"):
-        return Selection(
-            scoring, config.routing, bool(config.norm_topk_prob), config.routed_scaling_factor, 1.0, num_null
-        )
-    if plain or config.routing in ("top_1_hard", "top_1_straight_through"):
-        return None
-    keep = {"softmax": "all", "top_p": "top_p"}.get(config.routing, "top_k")
-    normalise = config.routing in ("softmax_top_k", "sigmoid_top_k")
-    return Selection(scoring, keep, normalise, config.routed_scaling_factor, config.top_p or 1.0, num_null)
-
-
-def sums_to_one(config: MoeConfig) -> bool:
-    """Whether the weights of every token sum to 1, so that with equal experts the output is that of one of them."""
-    normalised = config.routing in NORMALISED_RULES or bool(config.norm_topk_prob)
-    softmax_all = config.routing == "all" and config.scoring_func != "sigmoid"
-    always = config.routing in ("sparsegen", "random", "given")
-    return config.routed_scaling_factor == 1.0 and (normalised or softmax_all or always)
-
-
-def _without_bias(rule: RoutingRule, selection_bias: Tensor | None = None) -> RoutingRule:
-    return rule
-
-
-def _sigmoid_rule(selection_bias: Tensor | None = None) -> RoutingRule:
-    return make_rule("sigmoid_top_k", selection_bias=selection_bias)
 
 
 # --- the balance ---
