@@ -240,6 +240,50 @@ def bank(
     select_from_bank(Console(), BankOptions(bank, shots, output, model, select, candidates, *limits))
 
 
+@app.command()
+def bundle(
+    adapter: Annotated[str, typer.Argument(help="The folder of an adapter, or an id on the Hub.")],
+    output: Annotated[Path, typer.Option(help="A new or empty folder for the bundle.")],
+    model: Annotated[str | None, typer.Option(help="The backbone, if not the one that the adapter names.")] = None,
+    load_in: Annotated[
+        str, typer.Option(help="How the backbone is stored: 4bit, 8bit or none; auto asks the training log.")
+    ] = "auto",
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy the backbone's files even where a hard link would do.")
+    ] = False,
+    any_base: Annotated[
+        bool, typer.Option("--any-base", help="Also a backbone other than the training log's, by its hash.")
+    ] = False,
+) -> None:
+    """Backbone, adapter and tokenizer in one folder with a record of their hashes: what `moe-peft serve` takes."""
+    from moe_peft.serving.command import bundle_adapter
+
+    bundle_adapter(Console(), adapter, output, model, load_in, copy, any_base)
+
+
+@app.command()
+def serve(
+    folder: Annotated[Path, typer.Argument(help="A bundle, as `moe-peft bundle` writes it.", metavar="DIR")],
+    host: Annotated[
+        str, typer.Option(help="The address to listen at; others than this machine's own are open to all.")
+    ] = ("127.0.0.1"),
+    port: Annotated[int, typer.Option(help="The port; 0 takes a free one.")] = 8000,
+    continuous_batching: Annotated[
+        bool | None,
+        typer.Option(
+            "--continuous-batching/--no-continuous-batching",
+            help="Answer requests in batches. Default: on an accelerator, where the adapter allows it.",
+        ),
+    ] = None,
+    max_new_tokens_limit: Annotated[int, typer.Option(help="The most tokens that a request may ask for.")] = 4096,
+    max_body_bytes: Annotated[int, typer.Option(help="The longest request.")] = 2**20,
+) -> None:
+    """A trained adapter as an OpenAI-compatible server on this machine, routed as it was trained."""
+    from moe_peft.serving.command import serve_bundle
+
+    serve_bundle(Console(), folder, host, port, continuous_batching, max_new_tokens_limit, max_body_bytes)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The entry point: runs a command and leaves with its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)

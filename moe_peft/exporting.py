@@ -44,7 +44,7 @@ def export_adapter(
         raise refuse("--output", None, "a new or empty folder", "Or pass --check to see the plan without writing.")
     if output is not None:
         check_is_free(output)
-    plan = plan_export(model or _named_base(adapter), adapter, target, base_weights, dtype)
+    plan = plan_export(model or named_base(adapter), adapter, target, base_weights, dtype)
     table = Table("", "", title="Export to a stock MoE checkpoint", show_header=False)
     for title, text in plan.rows():
         table.add_row(title, text)
@@ -78,7 +78,7 @@ def _checked(figures: dict[str, Any]) -> str:
     )
 
 
-def _named_base(adapter: str) -> str:
+def named_base(adapter: str) -> str:
     """The backbone that the adapter's config names."""
     from moe_peft.export.checkpoint import local_folder
     from moe_peft.loaded import backbone_named

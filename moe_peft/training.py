@@ -8,12 +8,14 @@ import shlex
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 import yaml
 from datasets import Dataset
 from peft import PeftModel
+from huggingface_hub import snapshot_download
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +30,7 @@ from moe_peft.catalogue import CARD_FILE, RECIPE_FILE
 from moe_peft.collator import TaskTypeCollator
 from moe_peft.data import Rows, training_rows
 from moe_peft.errors import nearest, refuse
+from moe_peft.export.checkpoint import base_sha256
 from moe_peft.saving import begin, checkpoint_to_resume, put_in_place
 from moe_peft.upcycling import init_experts_from_lora
 
@@ -231,10 +234,22 @@ def run_log(trainer: SFTTrainer, settings: Settings, seconds: float) -> dict[str
         "versions": {name: version(name) for name in installed()},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "parameters": parameter_counts(trainer.model),
+        "base_sha256": _base_sha256(settings),
         "seconds": round(seconds, 1),
         "peak_device_memory_bytes": peak,
         "log": trainer.state.log_history,
     }
+
+
+def _base_sha256(settings: Settings) -> dict[str, str] | None:
+    """Which weights the adapter was trained on, by file, for whoever serves it; None where they are no safetensors."""
+    if "model_init_kwargs" in settings.given:  # it may name another revision
+        return None
+    name = model_path(settings.arguments.model)
+    try:
+        return base_sha256(Path(name if Path(name).is_dir() else snapshot_download(name, local_files_only=True)))
+    except (ValueError, OSError):
+        return None
 
 
 def print_next(console: Console, settings: Settings) -> None:

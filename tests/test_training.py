@@ -23,6 +23,7 @@ from moe_peft.arguments import parse  # noqa: E402
 from moe_peft.backbone import load_backbone, load_tokenizer  # noqa: E402
 from moe_peft.banner import example  # noqa: E402
 from moe_peft.catalogue import from_catalogue, methods, recipe  # noqa: E402
+from moe_peft.export.checkpoint import base_sha256  # noqa: E402
 from moe_peft.plain_yaml import load_settings  # noqa: E402
 from moe_peft.pocket import POCKET_DIR  # noqa: E402
 from moe_peft.saving import checkpoint_to_resume  # noqa: E402
@@ -242,6 +243,7 @@ def test_every_method_trains_and_comes_back_the_same(name, rows, tmp_path):
     log = json.loads((out / "training_log.json").read_text())
     assert (log["parameters"]["router"] > 0) == (name not in WITHOUT_ROUTER)
     assert log["settings"]["adapter"] == name
+    assert log["base_sha256"] == base_sha256(POCKET_DIR)
     assert load_settings((out / "recipe.yaml").read_text(), "recipe.yaml")["dataset"] == rows
     assert "import moe_peft" in (out / "README.md").read_text()
     assert not (out / saving.UNFINISHED).exists()

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -131,6 +132,17 @@ class Checkpoint:
     def hashes(self) -> dict[str, str]:
         """sha256 of each file, by its name."""
         return {path.name: sha256(path) for path in self.paths}
+
+
+def base_sha256(base: Path) -> dict[str, str]:
+    """sha256 of each weights file of a base model, by its name; several are read at a time.
+
+    Raises:
+        ValueError: if it has none in safetensors.
+    """
+    paths = Checkpoint(base).paths
+    with ThreadPoolExecutor() as pool:
+        return dict(zip((path.name for path in paths), pool.map(sha256, paths), strict=True))
 
 
 def sha256(path: Path) -> str:

@@ -194,13 +194,18 @@ def _check_fit(config: Mapping[str, Any], base: Checkpoint, adapter: FfnAdapter)
             )
 
 
+def trained_in(adapter: Path) -> str | None:
+    """How the backbone was loaded in training, "4bit", "8bit" or "none"; None if no training log says so."""
+    log = adapter / "training_log.json"
+    if not log.is_file():
+        return None
+    settings = json.loads(log.read_text(encoding="utf-8")).get("settings", {})
+    return "none" if settings.get("no_quantize") else settings.get("load_in", "4bit")
+
+
 def _frozen_weights(adapter: Path, wanted: str) -> tuple[str, str]:
     """Which frozen weights to take, and why."""
-    log = adapter / "training_log.json"
-    loaded = None
-    if log.is_file():
-        settings = json.loads(log.read_text(encoding="utf-8")).get("settings", {})
-        loaded = "none" if settings.get("no_quantize") else settings.get("load_in", "4bit")
+    log, loaded = adapter / "training_log.json", trained_in(adapter)
     if wanted != "auto":
         unlike = loaded is not None and (loaded == "4bit") != (wanted == "dequantized")
         return wanted, "as you asked" + (f", though {log.name} says load_in {loaded}" if unlike else "")
