@@ -29,6 +29,11 @@ from moe_peft.prototypes import set_null_threshold, set_prototypes  # noqa: E402
 from moe_peft.pruning import expert_scores, prune_experts  # noqa: E402
 from moe_peft.rank_config import RankMoeConfig  # noqa: E402
 from moe_peft.router_init import init_routers  # noqa: E402
+
+# The name of the module `moe_peft.routing` too, which was loaded above: the package's attribute is from here on the context
+# manager, while `from moe_peft.routing import Routing` still finds the module. (`import moe_peft.routing as x` gives the
+# context manager: Python asks the package for the attribute.)
+from moe_peft.routing_control import routing  # noqa: E402
 from moe_peft.shard_config import ShardPoolConfig  # noqa: E402
 from moe_peft.tuners import base  # noqa: E402
 from moe_peft.tuners.domain_moe import DomainMoeModel  # noqa: E402
@@ -74,6 +79,7 @@ __all__ = [
     "init_experts_from_lora",
     "init_routers",
     "prune_experts",
+    "routing",
     "set_aux_scale",
     "set_null_threshold",
     "set_prototypes",

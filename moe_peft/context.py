@@ -173,7 +173,10 @@ class RoutingContext:
         counted: `[B, S]` bool, the only positions that a recording counts; None counts every real one.
         watching: count in training even where no balance loss asks for it.
         scale: of every balance gradient; read in backward. See `scale_balance`.
+        controlled: of the class: somewhere a block of `routing_control` is open.
     """
+
+    controlled = False
 
     def __init__(self) -> None:
         self.real: Tensor | None = None

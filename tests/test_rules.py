@@ -9,10 +9,10 @@ import torch
 from transformers.models.glm4_moe.configuration_glm4_moe import Glm4MoeConfig
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
 
-from moe_peft import routing as first
 from moe_peft import rules
 from moe_peft.balance import expert_counts, switch_gradient, switch_loss
-from moe_peft.routing import assignments, dense_weights, softmax, softmax_top_k, top_1
+from moe_peft.routing import DENSE_RULES, assignments, dense_weights, softmax, softmax_top_k, top_1
+from moe_peft.routing import ROUTING_RULES as FIRST_RULES
 from moe_peft.rules import (
     NORMALISED_RULES,
     ROUTING_RULES,
@@ -147,13 +147,13 @@ def test_every_rule_is_its_definition(rule, top_k, by_hand, tokens, dtype):
 
 
 def test_the_table_and_its_groups():
-    assert {name: ROUTING_RULES[name] for name in first.ROUTING_RULES} == first.ROUTING_RULES
-    assert (TOP_K_RULES | TOP_1_RULES | first.DENSE_RULES | {"top_p"}) == set(ROUTING_RULES)
+    assert {name: ROUTING_RULES[name] for name in FIRST_RULES} == FIRST_RULES
+    assert (TOP_K_RULES | TOP_1_RULES | DENSE_RULES | {"top_p"}) == set(ROUTING_RULES)
     for name, rule in ROUTING_RULES.items():
         sums = rule(random_logits(), 3).top_k_weights.sum(-1)
         assert (name in NORMALISED_RULES) == bool((sums - 1).abs().max() < 1e-12)
         hand_made = {rule(random_logits(), k).top_k_weights.shape[1] for k in (2, 3)}
-        assert hand_made == ({6} if name in first.DENSE_RULES else {1} if name in TOP_1_RULES else {2, 3})
+        assert hand_made == ({6} if name in DENSE_RULES else {1} if name in TOP_1_RULES else {2, 3})
 
 
 @pytest.mark.parametrize("name", ROUTING_RULES)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moe_peft.allocation import expand, is_uniform, parse
 from moe_peft.attach import RoutingContext
 from moe_peft.config import MoeConfig
+from moe_peft.routing_control import ModelControl
 from moe_peft.tuners.layer import MoeTunerLayer, linear_features, unmergeable
 
 
@@ -159,6 +160,7 @@ class MoeTuner(BaseTuner):
                 return module.context
         context = RoutingContext()
         context.watch_attention(self.model)
+        ModelControl.install(self.model)
         return context
 
     def _allocated(self, config: MoeConfig, key: str) -> tuple[int, int]:
@@ -184,6 +186,7 @@ class MoeTuner(BaseTuner):
             self._refuse_routed(kwargs.get("adapter_names"))
         context = self._context()
         base = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        ModelControl.release(base)
         context.release(base)  # hooks that stayed would take `task_types` from those of the next adapter
         return base
 

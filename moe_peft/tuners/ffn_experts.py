@@ -30,6 +30,8 @@ class FfnExperts(Router):
         coupled: whether a router chooses among these experts; without one they are a plain LoRA.
     """
 
+    whole_blocks = True
+
     def __init__(
         self, config: FfnMoeConfig, d_in: int, d_out: int, num_experts: int, r: int, in_block: bool, routes: bool
     ) -> None:
@@ -63,7 +65,7 @@ class FfnExperts(Router):
         """The routing of `x [*, d_in]`."""
         rows = x.shape[0] if x.dim() == 3 else None
         if self.router is None:
-            return self.routed_without_logits(x.numel() // x.shape[-1], self.lora_A, context)
+            return self.routed_without_logits(x.numel() // x.shape[-1], self.lora_A, context, rows)
         seen = jittered(x.reshape(-1, x.shape[-1]), self.jitter, self.training)
         tokens = seen.to(compute_dtype(x, self.router))
         return self.routed(nn.functional.linear(tokens, self.router.to(tokens.dtype)), context, seen, rows)

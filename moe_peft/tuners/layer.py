@@ -73,6 +73,13 @@ class MoeTunerLayer(nn.Module, BaseTunerLayer):
         """The module that holds the adapter's `lora_A [n, r, d_in]` and `lora_B [n, r, d_out]` here."""
         return getattr(self, self.adapter_layer_names[0])[adapter_name]
 
+    def expert_names(self, adapter_name: str) -> list[str]:
+        """What the experts that a token may choose from are called, in order: "0", "1" ... unless they have names."""
+        experts = self.experts(adapter_name)
+        names = getattr(experts, "domains", None)
+        number = getattr(experts, "num_routed", None) or getattr(experts, "num_experts", 1)
+        return list(names) if names else [str(expert) for expert in range(number)]
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """As PEFT's, but buffers do not follow a base weight that is away on disk: parameters alone come back from there."""
         experts = self.experts(adapter_name)

@@ -138,7 +138,8 @@ class RoutedLora(Router):
         """`forward` where no router of this layer decides: a plain LoRA, "random", "given", or a layer that follows."""
         hidden = self.lora_A.flatten(0, 1).to(dtype) @ self._dropped(x.reshape(-1, x.shape[-1]).to(dtype)).T
         if routing is None and self.num_experts > 1:
-            routing = self.routed_without_logits(hidden.shape[1], hidden, context)
+            rows = x.shape[0] if x.dim() == 3 else None
+            routing = self.routed_without_logits(hidden.shape[1], hidden, context, rows)
         if routing is None:
             one = hidden.new_ones(hidden.shape[1], 1, dtype=routing_dtype(dtype))
             routing = Routing(one, one, None)

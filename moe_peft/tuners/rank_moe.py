@@ -59,6 +59,7 @@ class RankExperts(Router):
         self.scaling = rank_scaling(config, r)
         ranks = r + self.num_frozen
         self.set_up_router(config, ranks, d_in, rank_top_k, here=not self.self_activated)
+        self.decides = ranks > 1  # by their responses, where there is no router
         self.top_k = self.visited = min(config.top_k or ranks, ranks)
         self.partition = config.rank_partition
         if self.router is not None and self.partition > 1:

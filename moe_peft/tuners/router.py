@@ -4,6 +4,8 @@ Logits pass through a few steps, each of them absent unless asked for, in this o
 
     bias, cosine -> activation -> scale (1 / temperature, scheduled) -> mean over the prompt -> mask by task type
     -> balance gradient attached -> rule (`moe_peft.rules`, `moe_peft.selection`)
+
+In use, `moe_peft.routing` may ask for something else than the rule's choice (`moe_peft.overrides`).
 """
 
 import math
@@ -17,7 +19,9 @@ from moe_peft.attach import RouterState, RoutingContext, balanced, remember_choi
 from moe_peft.balance_terms import updated_bias
 from moe_peft.bound_rules import bind_rule, signal
 from moe_peft.config import MoeConfig
+from moe_peft.overrides import Override, chosen, overridden, reweighted
 from moe_peft.routing import Routing, RoutingRule, routing_dtype
+from moe_peft.routing_control import override_of, rows_of_domains
 from moe_peft.rules import TOP_1_RULES
 from moe_peft.selection import ACTIVATIONS, at_random, evenly, given, only_allowed
 from moe_peft.tuners.router_terms import Terms, balance_terms
@@ -62,6 +66,9 @@ class Router(nn.Module):
         coef: of the balance loss, 0 where there is none.
         share: of the balance loss that each call counts, where one router is asked by many layers.
         state: loads and sums of this router.
+        decides: whether it makes a choice, with a router's weights or without; others follow one that does.
+        domains: the experts' names, where they have any.
+        whole_blocks: whether each expert is a frozen block with a change of its own.
     """
 
     lora_A: nn.Parameter
@@ -72,6 +79,9 @@ class Router(nn.Module):
     expert_groups: Tensor | None
     num_shared: int
     share: float = 1.0
+    decides: bool = False
+    domains: list[str] | None = None
+    whole_blocks: bool = False
 
     def set_up_router(
         self,
@@ -85,6 +95,7 @@ class Router(nn.Module):
         """Make the router for `num_experts` choices; one needs none, and not `here` means that another module has it."""
         self.num_experts, self.num_null, self.routing = num_experts, num_null, config.routing
         learns = num_experts > 1 and here and config.routing not in ("random", "given")
+        self.decides = num_experts > 1 and here
         self._make_weights(config, num_experts, d_in, learns)
         self.bound = bind_rule(config, num_null, rule)
         self.rule = self.bound()
@@ -204,14 +215,34 @@ class Router(nn.Module):
         logits = self._signal(logits.to(routing_dtype(logits.dtype)), context, x)
         if self.by_sequence:
             logits = self._of_sequence(logits, context, rows)
+        asked = override_of(self, context) if context.controlled else None
         if self.expert_groups is not None:
-            logits = only_allowed(logits, self.expert_groups, self._types(logits.shape[0], context, rows))
+            logits = only_allowed(logits, self.expert_groups, self._types(logits.shape[0], context, rows, asked))
         rule, top_k = self.current_rule(), self.slots(context)
+        if asked is not None:
+            return self._by_hand(logits, top_k, rule, asked, context, rows)
         logits = self.observed(logits, rule, context, rows, top_k)
         routing = rule(logits, top_k)
         remember_choice(routing)
         if logits.requires_grad and not routing.top_k_weights.requires_grad:
             routing = routing._replace(top_k_weights=Anchored.apply(routing.top_k_weights, logits))
+        return routing
+
+    def _by_hand(
+        self, logits: Tensor, top_k: int, rule: RoutingRule, asked: Any, context: RoutingContext, rows: int
+    ) -> Routing:
+        """The routing as `moe_peft.routing` asks for it, counted and shown where somebody watches."""
+        override, see = asked
+        override: Override = override.to(logits.device)
+        if override.domains is not None and self.expert_groups is None:
+            domains = rows_of_domains(override.domains, logits.shape[0], rows)
+            routing = reweighted(chosen(domains, self.num_experts, logits.dtype), override, self.whole_blocks)
+        else:
+            routing = overridden(logits, top_k, rule, override, self.whole_blocks)
+        if context.recording:
+            self.state.observe(routing, context.real_tokens(logits.shape[0]))
+        if see is not None:
+            see(self, routing)
         return routing
 
     def _signal(self, logits: Tensor, context: RoutingContext, x: Tensor | None) -> Tensor:
@@ -229,17 +260,45 @@ class Router(nn.Module):
             context.pin(id(self), pinned)
         return pinned.unsqueeze(1).expand_as(tokens).reshape(logits.shape)
 
-    def _types(self, tokens: int, context: RoutingContext, rows: int) -> Tensor:
+    def _types(self, tokens: int, context: RoutingContext, rows: int, asked: Any = None) -> Tensor:
         assert self.expert_groups is not None
+        if asked is not None and asked[0].domains is not None:
+            return rows_of_domains(asked[0].domains, tokens, rows or context.rows).to(self.expert_groups.device)
         return context.types_of_tokens(tokens, len(self.expert_groups), rows)
 
-    def routed_without_logits(self, tokens: int, like: Tensor, context: RoutingContext) -> Routing:
+    def routed_without_logits(
+        self, tokens: int, like: Tensor, context: RoutingContext, rows: int | None = None
+    ) -> Routing:
         """Under "random" and "given": no router has to be asked. `like` has the dtype and device of the weights."""
         like = like.new_empty((), dtype=routing_dtype(like.dtype))
+        asked = override_of(self, context) if context.controlled else None
+        if asked is not None:
+            return self._without_logits_by_hand(tokens, like, context, asked, rows or 0)
         if self.routing == "given":
             assert self.expert_groups is not None
-            return given(self.expert_groups, self._types(tokens, context, 0).to(like.device), like.dtype)
+            return given(self.expert_groups, self._types(tokens, context, rows or 0).to(like.device), like.dtype)
         return at_random(tokens, self.num_experts, like) if self.training else evenly(tokens, self.num_experts, like)
+
+    def _without_logits_by_hand(
+        self, tokens: int, like: Tensor, context: RoutingContext, asked: Any, rows: int
+    ) -> Routing:
+        """`routed_without_logits` as `moe_peft.routing` asks for it: an equal share for each expert that may be used."""
+        override, see = asked
+        override: Override = override.to(like.device)
+        groups = self.expert_groups
+        if groups is None:  # "random", whose expectation is what it computes in use
+            types = torch.zeros(tokens, dtype=torch.long, device=like.device)
+            groups = torch.ones(1, self.num_experts, dtype=torch.bool, device=like.device)
+        else:
+            types = self._types(tokens, context, rows, asked).to(like.device)
+        if override.disabled is not None:
+            groups = groups & ~override.disabled
+        if override.forced is not None:
+            groups = groups | override.forced
+        routing = reweighted(given(groups, types, like.dtype), override, self.whole_blocks)
+        if see is not None:
+            see(self, routing)
+        return routing
 
     def observed(
         self, logits: Tensor, rule: RoutingRule, context: RoutingContext, rows: int = 0, top_k: int | None = None
