@@ -176,6 +176,32 @@ def merge(
 
 
 @app.command()
+def shrink(
+    adapter: Annotated[str, typer.Argument(help="The folder of a LINEAR_MOE adapter, or an id on the Hub.")],
+    calibration: Annotated[str, typer.Option(help="Text to choose by, as for `train --dataset`.")],
+    output: Annotated[
+        Path, typer.Option(help="A new or empty folder for the smaller adapter and moe_peft_shrink.json.")
+    ],
+    method: Annotated[str, typer.Option(help="prune: cut experts out.")] = "prune",
+    keep: Annotated[int | None, typer.Option(help="With prune: how many experts each layer keeps.")] = None,
+    by: Annotated[str | None, typer.Option(help="With prune: easy_ep (the default) or usage.")] = None,
+    held_out: Annotated[
+        str | None, typer.Option(help="Text to measure on; by default a quarter of --calibration.")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Write nothing if the KL from the routed model is above this, in nats.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="At most this many rows of text.")] = 512,
+    model: Annotated[str | None, typer.Option(help="The backbone, if not the one that the adapter names.")] = None,
+    load_in: Annotated[str, typer.Option(help="4bit, 8bit or none.")] = "4bit",
+) -> None:
+    """A smaller routed adapter in place of a trained one: fewer experts, and what that loses is measured."""
+    from moe_peft.shrinking_report import shrink_adapter
+
+    shrink_adapter(Console(), adapter, calibration, output, method, keep, by, held_out, max_kl, limit, model, load_in)
+
+
+@app.command()
 def export(
     adapter: Annotated[str, typer.Argument(help="The folder of an FFN mixture, or an id on the Hub.")],
     output: Annotated[Path | None, typer.Option(help="A new or empty folder for the checkpoint.")] = None,
