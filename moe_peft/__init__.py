@@ -25,6 +25,7 @@ from moe_peft.growing import grow  # noqa: E402
 from moe_peft.plain_lora import to_lora  # noqa: E402
 from moe_peft.pruning import expert_scores, prune_experts  # noqa: E402
 from moe_peft.rank_config import RankMoeConfig  # noqa: E402
+from moe_peft.regrouping import group_experts  # noqa: E402
 from moe_peft.router_init import init_routers  # noqa: E402
 from moe_peft.shard_config import ShardPoolConfig  # noqa: E402
 from moe_peft.tuners import base  # noqa: E402
@@ -62,6 +63,7 @@ __all__ = [
     "expert_scores",
     "freeze_experts",
     "from_catalogue",
+    "group_experts",
     "grow",
     "init_experts_from_lora",
     "init_routers",

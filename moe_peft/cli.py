@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -182,9 +182,17 @@ def shrink(
     output: Annotated[
         Path, typer.Option(help="A new or empty folder for the smaller adapter and moe_peft_shrink.json.")
     ],
-    method: Annotated[str, typer.Option(help="prune: cut experts out.")] = "prune",
+    method: Annotated[
+        str,
+        typer.Option(help="prune: cut experts out; group: merge those that are used alike, under the same router."),
+    ] = "prune",
     keep: Annotated[int | None, typer.Option(help="With prune: how many experts each layer keeps.")] = None,
+    groups: Annotated[int | None, typer.Option(help="With group: how many experts each layer is left with.")] = None,
     by: Annotated[str | None, typer.Option(help="With prune: easy_ep (the default) or usage.")] = None,
+    similarity: Annotated[str | None, typer.Option(help="With group: router (the default) or outputs.")] = None,
+    merge: Annotated[str | None, typer.Option(help="With group: usage (the default) or lstsq.")] = None,
+    recover: Annotated[int, typer.Option(help="Steps of distillation from the adapter as it was; 0 is none.")] = 0,
+    learning_rate: Annotated[float, typer.Option(help="Of --recover.")] = 2e-4,
     held_out: Annotated[
         str | None, typer.Option(help="Text to measure on; by default a quarter of --calibration.")
     ] = None,
@@ -198,7 +206,11 @@ def shrink(
     """A smaller routed adapter in place of a trained one: fewer experts, and what that loses is measured."""
     from moe_peft.shrinking_report import shrink_adapter
 
-    shrink_adapter(Console(), adapter, calibration, output, method, keep, by, held_out, max_kl, limit, model, load_in)
+    words = {"method": method, "by": by, "similarity": similarity, "merge": merge}
+    numbers = {"keep": keep, "groups": groups, "recover_steps": recover, "learning_rate": learning_rate}
+    text = {"held_out": held_out, "max_kl": max_kl, "limit": limit}
+    given: dict[str, Any] = {**words, **numbers, **text, "model": model, "load_in": load_in}
+    shrink_adapter(Console(), adapter, calibration, output, **given)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from moe_peft import LinearMoeConfig, cli, prune_experts
 from moe_peft.loaded import batches_of
 from moe_peft.merge import routed_layers
 from moe_peft.pocket import make_suite
+from moe_peft.recovering import distillation_loss, recover
 from moe_peft.saving import save_adapter
 from moe_peft.shrinking import measure_shrunk
 from moe_peft.shrinking_report import RECORD_FILE
@@ -129,3 +130,70 @@ def test_what_is_mistyped_gets_a_sentence_and_nothing_is_written(folder, tmp_pat
     occupied = shrink(folder, folder / "adapter", "--keep", 2)
     assert "`output` is" in refusal(capsys, *occupied)
     assert "must be a new or empty folder" in refusal(capsys, *occupied)
+
+
+def test_a_grouped_adapter_is_written_and_loads(folder, tmp_path, capsys):
+    out = tmp_path / "small"
+    assert run(*shrink(folder, out, "--method", "group", "--groups", 2, "--merge", "lstsq")) == 0
+    record = json.loads((out / RECORD_FILE).read_text())
+    assert (record["method"], record["groups"], record["merge"]) == ("group", 2, "lstsq")
+    assert "keep" not in record
+    assert record["parameters"]["shrunk"] == 4 * (2 * 2 * (128 + 352) + 4 * 128)  # the routers stay as they were
+    assert all(sorted(sum(line["groups"], [])) == [0, 1, 2, 3] for line in record["layers"])
+    again = PeftModel.from_pretrained(load_pocket()[0], out)
+    assert again.peft_config["default"].num_distinct_experts == 2
+    assert "What shrinking costs" in capsys.readouterr().out
+
+
+def test_recovery_brings_the_shrunk_model_back_and_leaves_the_teacher(folder, tmp_path, capsys):
+    out = tmp_path / "small"
+    same = folder / "rows.jsonl"  # what is trained on is what is measured: it must come down
+    assert run(*shrink(folder, out, "--keep", 2, "--recover", 12, "--learning-rate", 3e-3, "--held-out", same)) == 0
+    record = json.loads((out / RECORD_FILE).read_text())
+    assert record["recover_steps"] == 12
+    assert record["loss_merged"] < record["before_recovery"]["loss_merged"]
+    assert record["loss_routed"] == record["before_recovery"]["loss_routed"]
+    assert "recovered" in capsys.readouterr().out
+
+
+def test_the_recovery_loss_is_its_definition():
+    torch.manual_seed(0)
+    student, teacher, labels = torch.randn(5, 7), torch.randn(5, 7), torch.randint(0, 7, (5,))
+    wanted = 0.0
+    for s, t, label in zip(student, teacher, labels, strict=True):
+        p, q = (t / 2).softmax(-1), (s / 2).softmax(-1)
+        wanted += float(-s.softmax(-1)[label].log() + 0.2 * 4 * sum(p[i] * (p[i] / q[i]).log() for i in range(7))) / 5
+    assert float(distillation_loss(student, teacher, labels)) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_recovery_moves_the_student_alone(folder):
+    model, tokenizer = load_pocket()
+    model = PeftModel.from_pretrained(model, folder / "adapter").eval()
+    model.load_adapter(folder / "adapter", "shrunk")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    batches = batches_of(str(folder / "rows.jsonl"), tokenizer, limit=16)["all"]
+    assert len(recover(model, batches, 2, 1e-2)) == 2
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved
+    assert all(".shrunk." in name for name in moved)
+    assert model.active_adapter == "default"
+    with pytest.raises(ValueError, match="`steps` is 0, but must be a whole number"):
+        recover(model, batches, 0)
+    with pytest.raises(ValueError, match="no text with labels to recover on"):
+        recover(model, [], 2)
+
+
+def test_options_of_the_other_method_are_refused(folder, tmp_path, capsys):
+    def said(*more: object) -> str:
+        return refusal(capsys, *shrink(folder, tmp_path / "x", *more))
+
+    group = ("--method", "group")
+    assert "`--groups` is None, but must be the number of experts that each layer is left with" in said(*group)
+    assert "`--keep` is 2, but must be left out with `--method group`" in said(*group, "--groups", 2, "--keep", 2)
+    assert "`--groups` is 2, but must be left out with `--method prune`" in said("--keep", 2, "--groups", 2)
+    assert "`--similarity` is 'out'" in said(*group, "--groups", 2, "--similarity", "out")
+    assert "Did you mean 'lstsq'?" in said(*group, "--groups", 2, "--merge", "lsqst")
+    assert "`groups` is 9, but must be at most 4" in said(*group, "--groups", 9)
+    assert "`--recover` is -1, but must be a number of steps" in said("--keep", 2, "--recover", -1)
+    assert "`--learning-rate` is 0.0, but must be a number above 0" in said("--keep", 2, "--learning-rate", 0)
+    assert not (tmp_path / "x").exists()
