@@ -22,6 +22,7 @@ from moe_peft.consistency import ConsistencyLoss, consistency_loss  # noqa: E402
 from moe_peft.context import set_aux_scale, set_step, task_types  # noqa: E402
 from moe_peft.ewa import EwaCallback  # noqa: E402
 from moe_peft.growing import grow  # noqa: E402
+from moe_peft.merging_loras import merge_loras  # noqa: E402
 from moe_peft.plain_lora import to_lora  # noqa: E402
 from moe_peft.pruning import expert_scores, prune_experts  # noqa: E402
 from moe_peft.rank_config import RankMoeConfig  # noqa: E402
@@ -67,6 +68,7 @@ __all__ = [
     "grow",
     "init_experts_from_lora",
     "init_routers",
+    "merge_loras",
     "prune_experts",
     "set_aux_scale",
     "set_step",

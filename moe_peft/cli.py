@@ -214,6 +214,34 @@ def shrink(
 
 
 @app.command()
+def merge_loras(
+    loras: Annotated[list[str], typer.Argument(help="Two or more plain LoRAs: folders, or ids on the Hub.")],
+    output: Annotated[Path, typer.Option(help="A new or empty folder for the merged LoRA and moe_peft_merge.json.")],
+    method: Annotated[str, typer.Option(help="ties, knots_ties, linear or cat (exact, of all ranks).")] = "ties",
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Of each LoRA, in order: --weight 0.7 --weight 0.3.")
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Share that TIES keeps; default 0.2, and 1.0 for knots_ties.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the result; by default no more is cut than must be.")] = None,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text to measure on: one for all, or one for each LoRA in order. Without it nothing is measured."
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(help="At most this many rows of each text.")] = 256,
+    model: Annotated[str | None, typer.Option(help="The backbone, if not the one that the first LoRA names.")] = None,
+    load_in: Annotated[str, typer.Option(help="4bit, 8bit or none.")] = "4bit",
+) -> None:
+    """Several plain LoRAs of one backbone as one: TIES, KnOTS, or their sum, and what each of them loses by it."""
+    from moe_peft.merging_report import merge_plain_loras
+
+    merge_plain_loras(Console(), loras, output, method, weight, density, rank, held_out or [], limit, model, load_in)
+
+
+@app.command()
 def export(
     adapter: Annotated[str, typer.Argument(help="The folder of an FFN mixture, or an id on the Hub.")],
     output: Annotated[Path | None, typer.Option(help="A new or empty folder for the checkpoint.")] = None,

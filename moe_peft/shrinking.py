@@ -47,7 +47,6 @@ def measure_shrunk(
     Raises:
         ValueError: if no token can be compared, or one of the adapters is not there.
     """
-    sums, tokens = torch.zeros(7, dtype=torch.float64), 0
     layers, smaller = routed_layers(model, routed), routed_layers(model, shrunk)
     error = {name: torch.zeros(2, dtype=torch.float64) for name in layers}
     context = next(iter(layers.values())).context
@@ -60,22 +59,34 @@ def measure_shrunk(
         whole = added(experts, flat, gates)
         error[name] += torch.stack([(added(other, flat, theirs) - whole).square().sum(), whole.square().sum()]).cpu()
 
+    with observing(model, layers, routed, see):
+        found = measure_adapters(model, held_out, routed, shrunk)
+    return found._replace(layer_error={n: float((e[0] / e[1].clamp(min=1e-30)).sqrt()) for n, e in error.items()})
+
+
+@torch.no_grad()
+def measure_adapters(model: PeftModel, held_out: Iterable[Batch], before: str, after: str) -> Agreement:
+    """Base, adapter `before` and adapter `after` (as "routed" and "merged") on the same text; no error by layer.
+
+    Raises:
+        ValueError: if no token can be compared.
+    """
+    sums, tokens = torch.zeros(7, dtype=torch.float64), 0
     for batch in (on_device(batch, model) for batch in held_out):
-        with active(model, routed), observing(model, layers, routed, see):
-            before, labels = _log_probs(model, batch)
+        with active(model, before):
+            first, labels = _log_probs(model, batch)
             with model.disable_adapter():
                 base, _ = _log_probs(model, batch)
-        with active(model, shrunk), observing(model, smaller, shrunk, lambda *seen: None):
-            after, _ = _log_probs(model, batch)
-        losses = [F.nll_loss(p, labels, reduction="sum") for p in (base, before, after)]
-        kl = [(before.exp() * (before - p)).sum() for p in (base, after)]
-        top1 = [(p.argmax(-1) == before.argmax(-1)).sum() for p in (base, after)]
+        with active(model, after):
+            second, _ = _log_probs(model, batch)
+        losses = [F.nll_loss(p, labels, reduction="sum") for p in (base, first, second)]
+        kl = [(first.exp() * (first - p)).sum() for p in (base, second)]
+        top1 = [(p.argmax(-1) == first.argmax(-1)).sum() for p in (base, second)]
         sums += torch.stack([v.double().cpu() for v in (*losses, *kl, *top1)])
         tokens += labels.numel()
     if not tokens:
         raise ValueError("The held-out text holds no token with a label. Give rows with an answer.")
-    layer_error = {name: float((e[0] / e[1].clamp(min=1e-30)).sqrt()) for name, e in error.items()}
-    return Agreement(*(sums / tokens).tolist(), layer_error=layer_error, tokens=tokens)
+    return Agreement(*(sums / tokens).tolist(), layer_error={}, tokens=tokens)
 
 
 def added(experts: Experts, x: Tensor, gates: Tensor) -> Tensor:
