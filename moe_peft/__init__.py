@@ -24,10 +24,12 @@ from moe_peft.domain_config import DomainMoeConfig  # noqa: E402
 from moe_peft.domain_loras import from_loras  # noqa: E402
 from moe_peft.ewa import EwaCallback  # noqa: E402
 from moe_peft.growing import grow  # noqa: E402
+from moe_peft.merging_loras import merge_loras  # noqa: E402
 from moe_peft.plain_lora import to_lora  # noqa: E402
 from moe_peft.prototypes import set_null_threshold, set_prototypes  # noqa: E402
 from moe_peft.pruning import expert_scores, prune_experts  # noqa: E402
 from moe_peft.rank_config import RankMoeConfig  # noqa: E402
+from moe_peft.regrouping import group_experts  # noqa: E402
 from moe_peft.router_init import init_routers  # noqa: E402
 
 # The name of the module `moe_peft.routing` too, which was loaded above: the package's attribute is from here on the context
@@ -75,9 +77,11 @@ __all__ = [
     "freeze_experts",
     "from_catalogue",
     "from_loras",
+    "group_experts",
     "grow",
     "init_experts_from_lora",
     "init_routers",
+    "merge_loras",
     "prune_experts",
     "routing",
     "set_aux_scale",

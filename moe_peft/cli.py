@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -173,6 +173,72 @@ def merge(
     from moe_peft.inspecting import merge_adapter
 
     merge_adapter(Console(), adapter, calibration, output, rank, method, held_out, limit, model, load_in)
+
+
+@app.command()
+def shrink(
+    adapter: Annotated[str, typer.Argument(help="The folder of a LINEAR_MOE adapter, or an id on the Hub.")],
+    calibration: Annotated[str, typer.Option(help="Text to choose by, as for `train --dataset`.")],
+    output: Annotated[
+        Path, typer.Option(help="A new or empty folder for the smaller adapter and moe_peft_shrink.json.")
+    ],
+    method: Annotated[
+        str,
+        typer.Option(help="prune: cut experts out; group: merge those that are used alike, under the same router."),
+    ] = "prune",
+    keep: Annotated[int | None, typer.Option(help="With prune: how many experts each layer keeps.")] = None,
+    groups: Annotated[int | None, typer.Option(help="With group: how many experts each layer is left with.")] = None,
+    by: Annotated[str | None, typer.Option(help="With prune: easy_ep (the default) or usage.")] = None,
+    similarity: Annotated[str | None, typer.Option(help="With group: router (the default) or outputs.")] = None,
+    merge: Annotated[str | None, typer.Option(help="With group: usage (the default) or lstsq.")] = None,
+    recover: Annotated[int, typer.Option(help="Steps of distillation from the adapter as it was; 0 is none.")] = 0,
+    learning_rate: Annotated[float, typer.Option(help="Of --recover.")] = 2e-4,
+    held_out: Annotated[
+        str | None, typer.Option(help="Text to measure on; by default a quarter of --calibration.")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Write nothing if the KL from the routed model is above this, in nats.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="At most this many rows of text.")] = 512,
+    model: Annotated[str | None, typer.Option(help="The backbone, if not the one that the adapter names.")] = None,
+    load_in: Annotated[str, typer.Option(help="4bit, 8bit or none.")] = "4bit",
+) -> None:
+    """A smaller routed adapter in place of a trained one: fewer experts, and what that loses is measured."""
+    from moe_peft.shrinking_report import shrink_adapter
+
+    words = {"method": method, "by": by, "similarity": similarity, "merge": merge}
+    numbers = {"keep": keep, "groups": groups, "recover_steps": recover, "learning_rate": learning_rate}
+    text = {"held_out": held_out, "max_kl": max_kl, "limit": limit}
+    given: dict[str, Any] = {**words, **numbers, **text, "model": model, "load_in": load_in}
+    shrink_adapter(Console(), adapter, calibration, output, **given)
+
+
+@app.command()
+def merge_loras(
+    loras: Annotated[list[str], typer.Argument(help="Two or more plain LoRAs: folders, or ids on the Hub.")],
+    output: Annotated[Path, typer.Option(help="A new or empty folder for the merged LoRA and moe_peft_merge.json.")],
+    method: Annotated[str, typer.Option(help="ties, knots_ties, linear or cat (exact, of all ranks).")] = "ties",
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Of each LoRA, in order: --weight 0.7 --weight 0.3.")
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Share that TIES keeps; default 0.2, and 1.0 for knots_ties.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the result; by default no more is cut than must be.")] = None,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text to measure on: one for all, or one for each LoRA in order. Without it nothing is measured."
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(help="At most this many rows of each text.")] = 256,
+    model: Annotated[str | None, typer.Option(help="The backbone, if not the one that the first LoRA names.")] = None,
+    load_in: Annotated[str, typer.Option(help="4bit, 8bit or none.")] = "4bit",
+) -> None:
+    """Several plain LoRAs of one backbone as one: TIES, KnOTS, or their sum, and what each of them loses by it."""
+    from moe_peft.merging_report import merge_plain_loras
+
+    merge_plain_loras(Console(), loras, output, method, weight, density, rank, held_out or [], limit, model, load_in)
 
 
 @app.command()

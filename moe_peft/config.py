@@ -226,11 +226,18 @@ class LinearMoeConfig(MoeConfig):
             "linear": every layer routes by itself. "group": layers that read the same input (q, k, v; gate, up) share a
             router. "block": all adapted layers of an attention or FFN share the decision of the first. "model": one
             router on the input embeddings decides for the whole model.
+        num_distinct_experts (`int` or `list[int]`, *optional*):
+            How many experts of a layer have weights of their own, where `group_experts` has merged some: the router still
+            tells `num_experts` apart, and several of its choices stand for one. One number, or a list with one per
+            layer. Defaults to `None`: each choice is an expert of its own.
     """
 
     share_A: bool = field(default=False, metadata={"help": "One A for all experts of a layer."})
     num_constant_experts: int = field(default=0, metadata={"help": "Choices that add a learned vector."})
     router_scope: str = field(default="linear", metadata={"help": "Which layers share a router."})
+    num_distinct_experts: int | list[int] | None = field(
+        default=None, metadata={"help": "Experts with weights of their own, where some were merged."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

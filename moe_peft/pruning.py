@@ -9,20 +9,19 @@ output before its routed experts are added; shared experts belong to "before". W
 rule rescales the weights of the remaining experts, and how the model fares is to be measured afterwards.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_peft.errors import nearest, refuse
-from moe_peft.merge import Batch, on_device
+from moe_peft.merge import Batch, observing, on_device
 from moe_peft.resizing import chosen_layers, rebuild, resizable_layers, with_counts
-from moe_peft.routing import dense_weights, routing_dtype
+from moe_peft.routing import routing_dtype
 from moe_peft.tuners.base import layer_place
-from moe_peft.tuners.linear_moe import LinearMoeLinear, RoutedLora
+from moe_peft.tuners.linear_moe import RoutedLora
 
 
 SCORES = ("easy_ep", "usage")
@@ -76,52 +75,6 @@ def easy_ep(experts: RoutedLora, x: Tensor, y: Tensor, g: Tensor) -> Tensor:
     return (g[:, :num_routed].to(dtype) * norms[:, :num_routed] * moved.unsqueeze(-1)).sum(0)
 
 
-def _gates(experts: Any, x: Tensor, context: Any, *routing: Any) -> Tensor:
-    """The weights that the experts get for `x`, `[T, E + S]`."""
-    if hasattr(experts, "gates"):
-        return experts.gates(x, context, *routing)
-    tokens = x.reshape(-1, x.shape[-1])
-    tokens = tokens.to(routing_dtype(tokens.dtype))
-    if experts.router is None:
-        return tokens.new_ones(len(tokens), len(experts.lora_B))
-    logits = tokens @ experts.router.to(tokens.dtype).T * experts.router_scale
-    g = dense_weights(experts.rule(logits, experts.top_k))
-    return torch.cat((g, g.new_ones(len(g), experts.num_shared)), dim=1)
-
-
-@contextmanager
-def _scoring(
-    model: nn.Module, layers: dict[str, LinearMoeLinear], adapter_name: str, totals: dict[str, Tensor], by: str
-) -> Iterator[None]:
-    """While it lasts every forward pass adds to `totals`; padding does not count."""
-    context = next(iter(layers.values())).context
-
-    def hook(name: str) -> Any:
-        def before(experts: RoutedLora, args: tuple) -> None:
-            x, y, _, *routing = args
-            g = _gates(experts, x, context, *routing)
-            x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-            real = context.real_tokens(len(x))
-            if real is not None:
-                x, y, g = x[real], y[real], g[real]
-            found = easy_ep(experts, x, y, g) if by == "easy_ep" else g[:, : len(totals[name])].sum(0)
-            totals[name] += found.to(totals[name])
-
-        return before
-
-    was_recording, was_training = context.recording, model.training
-    context.recording = True
-    model.eval()
-    handles = [layer.experts(adapter_name).register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        context.recording = was_recording
-        model.train(was_training)
-
-
 @torch.no_grad()
 def expert_scores(
     model: PeftModel, calibration: Iterable[Batch], by: str = "easy_ep", adapter_name: str = "default"
@@ -143,7 +96,15 @@ def expert_scores(
     devices = {name: layer.experts(adapter_name).lora_B.device for name, layer in layers.items()}
     totals = {name: torch.zeros(n, dtype=torch.float64, device=devices[name]) for name, n in counts.items()}
     seen = 0
-    with _scoring(model, layers, adapter_name, totals, by):
+
+    def see(name: str, experts: RoutedLora, x: Tensor, y: Tensor, gates: Tensor, real: Tensor | None) -> None:
+        x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        if real is not None:
+            x, y, gates = x[real], y[real], gates[real]
+        found = easy_ep(experts, x, y, gates) if by == "easy_ep" else gates[:, : counts[name]].sum(0)
+        totals[name] += found.to(totals[name])
+
+    with observing(model, layers, adapter_name, see):
         for batch in calibration:
             model(**on_device(batch, model))
             seen += 1

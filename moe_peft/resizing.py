@@ -4,7 +4,7 @@ A layer is given new experts as at its making, by the config with the new number
 row by row: whatever follows from the number (slots, load, buffers) is decided where it always is.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,7 @@ ROWS_BY_EXPERT = ("lora_A", "lora_B", "router", "router_bias", "selection_bias")
 _FIXED_BY_NUMBER = {
     "expert_groups": "it names experts by their numbers",
     "balance_weights": "it has one weight for each expert",
+    "num_distinct_experts": "its experts stand for groups of the router's choices",
 }
 
 
@@ -99,20 +100,25 @@ def chosen_layers(model: PeftModel, names: Iterable[str], numbers: Iterable[int]
     return [name for name, place in found.items() if place is not None and place[1] in wanted]
 
 
-def with_counts(model: PeftModel, config: LinearMoeConfig, counts: dict[str, int]) -> LinearMoeConfig:
+def with_counts(
+    model: PeftModel, config: LinearMoeConfig, counts: dict[str, int], field: str = "num_experts"
+) -> LinearMoeConfig:
     """The config for these numbers of experts by module, checked as at its making; nothing is changed yet.
+
+    Args:
+        field: the field that counts them.
 
     Raises:
         ValueError: whatever the config refuses; numbers that it cannot say, as it counts by layer.
     """
     if len(set(counts.values())) == 1:
-        return replace(config, num_experts=next(iter(counts.values())))
+        return replace(config, **{field: next(iter(counts.values()))})
     per_layer: dict[str, list[int]] = {}
     for name, count in counts.items():
         place = layer_place(name)
         if place is None:
             raise ValueError(
-                f"'{name}' has no layer number in its name, so `num_experts` cannot say that it has {count} experts and "
+                f"'{name}' has no layer number in its name, so `{field}` cannot say that it has {count} experts and "
                 "others have not. Change all layers alike."
             )
         if place[0] not in per_layer:
@@ -122,14 +128,14 @@ def with_counts(model: PeftModel, config: LinearMoeConfig, counts: dict[str, int
     for name, count in counts.items():
         place = layer_place(name)
         if place is not None and per_layer[place[0]][place[1]] != count:
-            raise ValueError(f"`num_experts` counts by layer, and the modules of layer {place[1]} would differ.")
+            raise ValueError(f"`{field}` counts by layer, and the modules of layer {place[1]} would differ.")
     lists = list(per_layer.values())
     if any(numbers != lists[0] for numbers in lists):
         raise ValueError(
-            f"The model has several lists of layers ({', '.join(sorted(per_layer))}), and one list of `num_experts` "
+            f"The model has several lists of layers ({', '.join(sorted(per_layer))}), and one list of `{field}` "
             "cannot say how they would differ. Change all layers alike."
         )
-    return replace(config, num_experts=lists[0])
+    return replace(config, **{field: lists[0]})
 
 
 @torch.no_grad()
@@ -139,19 +145,36 @@ def rebuild(layer: LinearMoeLinear, adapter_name: str, config: LinearMoeConfig, 
     Shared, constant and null experts stay. The state of the router starts anew. The random stream is left alone.
     """
     old, before = layer.experts(adapter_name), layer.num_experts[adapter_name]
+    new = refit(layer, adapter_name, config, len(sources), lambda name, old: _taken(name, old, sources, before))
+    frozen = frozen_experts(old)
+    freeze(new, [i for i, source in enumerate(sources) if source in frozen and source not in sources[:i]])
+    return new
+
+
+@torch.no_grad()
+def refit(
+    layer: LinearMoeLinear,
+    adapter_name: str,
+    config: LinearMoeConfig,
+    number: int,
+    taken: Callable[[str, Tensor], Tensor],
+) -> RoutedLora:
+    """Make the layer's adapter anew for `number` choices, each tensor `taken(name, old tensor)`.
+
+    The state of the router starts anew. The random stream is left alone.
+    """
+    old = layer.experts(adapter_name)
     trained = {id(p): p.requires_grad for p in layer.parameters()}
     with torch.random.fork_rng(devices=[]):
-        layer.update_layer(adapter_name, replace(config, init_weights=True), len(sources), layer.r[adapter_name])
+        layer.update_layer(adapter_name, replace(config, init_weights=True), number, layer.r[adapter_name])
     new = layer.experts(adapter_name).train(old.training)
     for parameter in layer.parameters():
         parameter.requires_grad_(trained.get(id(parameter), parameter.requires_grad))
     there = _tensors(new)
     for name, tensor in _tensors(old).items():
         if name in there:  # a single expert has no router
-            there[name].data = _taken(name, tensor, sources, before)
+            there[name].data = taken(name, tensor)
             there[name].requires_grad_(tensor.requires_grad)
-    frozen = frozen_experts(old)
-    freeze(new, [i for i, source in enumerate(sources) if source in frozen and source not in sources[:i]])
     return new
 
 

@@ -412,6 +412,26 @@ def check_linear(config: Any) -> None:
         allowed = "0 with `router_scope` = 'model', where each layer asks the router anew"
         remedy = "Other noise in each layer would make one decision into many: remove it."
         raise refuse("router_jitter_noise", config.router_jitter_noise, allowed, remedy)
+    _check_distinct(config)
     if config.share_A and config.num_shared_experts:
         allowed = "0 with `share_A` = True, where every token uses the one A already"
         raise refuse("num_shared_experts", config.num_shared_experts, allowed, "Remove one of the two.")
+
+
+def _check_distinct(config: Any) -> None:
+    """`num_distinct_experts`, which `group_experts` writes."""
+    distinct = config.num_distinct_experts
+    if distinct is None:
+        return
+    numbers = distinct if isinstance(distinct, list) and distinct else [distinct]
+    most = max(parse(config.num_experts, "num_experts"))
+    if any(not is_count(n) or not 1 <= n <= most for n in numbers):
+        allowed = f"a whole number from 1 to {most}, the most that `num_experts` names, or a list of them"
+        raise refuse("num_distinct_experts", distinct, allowed, "Leave it out: `group_experts` writes it.")
+    for field, wanted in (("router_scope", "linear"), ("expert_groups", None)):
+        if getattr(config, field) != wanted:
+            allowed = f"left out with `{field}` = {getattr(config, field)!r}"
+            raise refuse("num_distinct_experts", distinct, allowed, "Grouped experts need a router for each layer.")
+    if config.routing in ("random", "given"):
+        allowed = f"left out with `routing` = {config.routing!r}, which has no router whose choices could be grouped"
+        raise refuse("num_distinct_experts", distinct, allowed, "Lower `num_experts`.")

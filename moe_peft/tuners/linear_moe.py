@@ -20,7 +20,7 @@ from moe_peft.errors import refuse
 from moe_peft.experts import experts_decoded, experts_out, stacked_in
 from moe_peft.routing import Routing, dense_weights, routing_dtype, with_shared
 from moe_peft.rules import jittered
-from moe_peft.tuners.base import MoeTuner, MoeTunerLayer
+from moe_peft.tuners.base import MoeTuner, MoeTunerLayer, layer_place
 from moe_peft.tuners.principal import start_from_principal
 from moe_peft.tuners.router import Router, compute_dtype
 from moe_peft.tuners.scopes import RouterUnit, unit_key
@@ -40,6 +40,8 @@ class RoutedLora(Router):
         router `[E + C + N, d_router]`: the choices are E experts, C constant ones and N null ones, which add nothing. It
         is absent with one choice, where another layer's router decides, and where nothing is learned that chooses.
         constant `[C, d_out]`: what the constant experts add.
+        expert_map `[num_rows]`, a buffer, where `group_experts` has merged experts: router row -> expert. Without it each
+        of the first E rows is an expert, in order.
     """
 
     def __init__(
@@ -51,21 +53,25 @@ class RoutedLora(Router):
         r: int,
         d_router: int = 0,
         routes: bool = True,
+        distinct: int | None = None,
     ) -> None:
         super().__init__()
         assert isinstance(config, LinearMoeConfig)
-        self.num_shared, self.r, self.num_routed = config.num_shared_experts, r, num_experts
+        own = num_experts if distinct is None else min(distinct, num_experts)
+        self.num_shared, self.r, self.num_routed, self.num_rows = config.num_shared_experts, r, own, num_experts
         routed = num_experts > 1
         self.num_constant = config.num_constant_experts if routed else 0
         num_null = config.num_null_experts if routed else 0
         choices = num_experts + self.num_constant + num_null
-        self.lora_A = nn.Parameter(torch.empty(1 if config.share_A else num_experts + self.num_shared, r, d_in))
-        self.lora_B = nn.Parameter(torch.empty(num_experts + self.num_shared, r, d_out))
+        self.lora_A = nn.Parameter(torch.empty(1 if config.share_A else own + self.num_shared, r, d_in))
+        self.lora_B = nn.Parameter(torch.empty(own + self.num_shared, r, d_out))
+        shares = distinct is not None and routed
+        self.register_buffer("expert_map", torch.arange(num_experts) % own if shares else None)
         self.constant = nn.Parameter(torch.zeros(self.num_constant, d_out)) if self.num_constant else None
         self.scaling, self.dropout, self.jitter = scaling(config, r), config.lora_dropout, config.router_jitter_noise
         self.set_up_router(config, choices, d_router or d_in, num_null=num_null, here=routes)
         # Then the kernel gets the weights of all experts: it knows no empty slots and no choices without low-rank weights.
-        self.spreads = choices > num_experts or config.routing == "top_p" or config.expert_groups is not None
+        self.spreads = choices > num_experts or shares or config.routing == "top_p" or config.expert_groups is not None
         self.reset_parameters(config)
 
     def reset_parameters(self, config: MoeConfig) -> None:
@@ -125,8 +131,14 @@ class RoutedLora(Router):
         if routing is None:
             asked = self.router is not None
             routing = self._route(x, context) if asked else self.routed_without_logits(tokens, x, context)
-        weights = dense_weights(routing)[:, : self.num_routed]
+        weights = self._of_experts(dense_weights(routing))
         return torch.cat((weights, weights.new_ones(tokens, self.num_shared)), dim=1)
+
+    def _of_experts(self, every: Tensor) -> Tensor:
+        """Of the weights of all choices `[T, N]` those of the routed experts, `[T, E]`: summed where they share one."""
+        if self.expert_map is None:
+            return every[:, : self.num_routed]
+        return every.new_zeros(len(every), self.num_routed).index_add(1, self.expert_map, every[:, : self.num_rows])
 
     def _seen(self, x: Tensor) -> tuple[Tensor | None, int | None]:
         """What the routing needs of x beside its logits."""
@@ -164,9 +176,9 @@ class RoutedLora(Router):
         if self.spreads:
             every = dense_weights(routing)
             if self.constant is not None:
-                gates = every[:, self.num_routed : self.num_routed + self.num_constant].to(hidden.dtype)
+                gates = every[:, self.num_rows : self.num_rows + self.num_constant].to(hidden.dtype)
                 flat = flat + (gates @ self.constant.to(hidden.dtype)).to(flat.dtype)
-            routing = routing._replace(top_k_weights=every[:, : self.num_routed], top_k_index=None)
+            routing = routing._replace(top_k_weights=self._of_experts(every), top_k_index=None)
         weights, index = with_shared(routing, self.num_shared)[1:]
         out = experts_out(flat, hidden, self.lora_B.to(hidden.dtype), weights, index, self.scaling)
         return out.view(y.shape)
@@ -194,7 +206,8 @@ class LinearMoeLinear(MoeTunerLayer):
     def update_layer(self, adapter_name: str, config: LinearMoeConfig, num_experts: int, r: int) -> None:
         """Give the adapter its experts on this layer."""
         routes, d_router = self._joins(adapter_name, config, num_experts)
-        experts = RoutedLora(config, self.in_features, self.out_features, num_experts, r, d_router, routes)
+        distinct = self._distinct(config)
+        experts = RoutedLora(config, self.in_features, self.out_features, num_experts, r, d_router, routes, distinct)
         start_from_principal(self, experts, config)
         self.linear_moe_experts[adapter_name] = experts
         self.r[adapter_name], self.num_experts[adapter_name] = r, num_experts
@@ -202,6 +215,17 @@ class LinearMoeLinear(MoeTunerLayer):
         self.context.wants_prompt |= config.router_granularity == "sequence"
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _distinct(self, config: LinearMoeConfig) -> int | None:
+        """How many of the layer's experts have weights of their own; None for all."""
+        distinct = config.num_distinct_experts
+        if not isinstance(distinct, list):
+            return distinct
+        place = layer_place(".".join(self.place))
+        if place is None or place[1] >= len(distinct):
+            allowed = f"one number, or a list that has an entry for {'.'.join(self.place).lstrip('.')}"
+            raise refuse("num_distinct_experts", distinct, allowed, "Its entries count by layer, from 0.")
+        return distinct[place[1]]
 
     def _joins(self, adapter_name: str, config: LinearMoeConfig, num_experts: int) -> tuple[bool, int]:
         """Whether this layer has the router of its unit, and how wide that is where it is not the layer's own input."""
