@@ -154,7 +154,7 @@ def plan_export(
     weights = Checkpoint(folder, inside=LANGUAGE_MODEL.get(family))
     _check_fit(config, weights, experts)
     stored = torch_dtype(weights.dtypes["model.embed_tokens.weight"])
-    kept, why = _frozen_weights(experts.folder, base_weights)
+    kept, why = frozen_weights(experts.folder, base_weights)
     return ExportPlan(
         base_name=base,
         adapter_name=adapter,
@@ -194,7 +194,7 @@ def _check_fit(config: Mapping[str, Any], base: Checkpoint, adapter: FfnAdapter)
             )
 
 
-def _frozen_weights(adapter: Path, wanted: str) -> tuple[str, str]:
+def frozen_weights(adapter: Path, wanted: str) -> tuple[str, str]:
     """Which frozen weights to take, and why."""
     log = adapter / "training_log.json"
     loaded = None

@@ -97,7 +97,7 @@ def write_export(
     measured = check_layers(plan, folder) if verify else None
     write_checkpoint(plan.tensors, folder, max_shard_size, on_progress)
     plan.target_config().save_pretrained(folder)
-    _carry(plan, folder)
+    carry(plan.adapter.folder, plan.base.folder, folder)
     figures = {"done": False, "why": "not asked for"} if measured is None else check_stored(plan, folder, measured)
     record = json.dumps({**_record(plan), "check": figures}, indent=1)
     (folder / RECORD_FILE).write_text(record + "\n", encoding="utf-8")
@@ -105,13 +105,10 @@ def write_export(
         path.chmod(0o644)
 
 
-def _carry(plan: ExportPlan, folder: Path) -> None:
+def carry(adapter: Path, base: Path, folder: Path) -> None:
     """The tokenizer, with the adapter's own before the base's, and what else belongs to the base."""
-    own = (plan.adapter.folder / "tokenizer_config.json").is_file()
-    for place, patterns in (
-        (plan.adapter.folder if own else plan.base.folder, _CARRIED),
-        (plan.base.folder, _OF_BASE),
-    ):
+    own = (adapter / "tokenizer_config.json").is_file()
+    for place, patterns in ((adapter if own else base, _CARRIED), (base, _OF_BASE)):
         for pattern in patterns:
             for path in place.glob(pattern):
                 if path.is_file() and not (folder / path.name).exists():

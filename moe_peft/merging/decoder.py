@@ -46,6 +46,7 @@ class Decoder:
         name: of the stack in the model, as a stock checkpoint spells it.
         blocks: its layers.
         adapted: for each of them, module name -> adapted layer.
+        usage: linear -> mean weight of each of its experts, `[E]`, as the last fit found it.
     """
 
     def __init__(self, model: PeftModel, adapter_name: str = "default") -> None:
@@ -70,6 +71,7 @@ class Decoder:
         self.adapted: list[dict[str, MoeTunerLayer]] = [{} for _ in self.blocks]
         for name, layer in layers.items():
             self.adapted[places[name][1]][name] = layer  # type: ignore[index]
+        self.usage: dict[str, Tensor] = {}
         self._returns_tuple: bool | None = None
 
     def __len__(self) -> int:

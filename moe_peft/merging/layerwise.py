@@ -125,6 +125,9 @@ def _fit_linears(
         for name in [name for name, its in moments.shared.items() if its == first]:
             A, B = layers[name].experts(decoder.adapter_name).stacked()
             cross = moments.crosses.pop(name)
+            decoder.usage[name] = (cross.gates / gram.tokens).view(-1, layers[name].experts(decoder.adapter_name).r)[
+                :, 0
+            ]
             prior = (cross.gates / gram.tokens).unsqueeze(1) * A.double()
             M = prior if L is None else least_squares(cross, gram.tokens, prior, L, ridge)
             factors[name] = truncated(Readout(M, B.double()), _limit(rank, len(A)), L)
@@ -156,6 +159,7 @@ def _fit_block(
     parent = decoder.model.get_base_model().get_submodule(parent_name)
     first = block.layers[block.names.ins[0]].experts(decoder.adapter_name)
     inputs, outputs, gates = _through_block(decoder, index, parent, first, stream)
+    decoder.usage |= dict.fromkeys(names.values(), gates)
     usage = {name: _usage(layers[name].experts(decoder.adapter_name), gates) for name in names.values()}
     factors = {name: truncated(readout, _limit(rank, len(readout.M))) for name, readout in usage.items()}
     if method != "ls":
