@@ -180,6 +180,9 @@ def merge(
         str | None, typer.Option(help="Text to measure on; by default a quarter of --calibration.")
     ] = None,
     steps: Annotated[int, typer.Option(help="Of distill and learned.")] = 300,
+    mask_prompts: Annotated[
+        bool, typer.Option("--mask-prompts", help="Fit to answers alone; by default to all tokens but padding.")
+    ] = False,
     limit: Annotated[int, typer.Option(help="At most this many rows of text.")] = 512,
     base_weights: Annotated[
         str | None,
@@ -195,7 +198,8 @@ def merge(
     from moe_peft.merging.command import Options, merge_adapter
 
     text = (calibration, method, rank, dense, per_domain, max_kl, evaluation, held_out)
-    merge_adapter(Console(), Options(adapter, output, *text, steps, limit, base_weights, dtype, model, load_in))
+    rest = (steps, limit, base_weights, dtype, model, load_in, mask_prompts)
+    merge_adapter(Console(), Options(adapter, output, *text, *rest))
 
 
 @app.command()

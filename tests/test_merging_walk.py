@@ -219,7 +219,7 @@ def test_the_ridge_leads_from_least_squares_to_the_prior():
         torch.testing.assert_close(M.float(), wanted, rtol=1e-3, atol=1e-4)
 
 
-def test_padding_and_prompts_take_no_part_in_the_fit():
+def test_padding_takes_no_part_in_the_fit():
     model = adapted("linears", layers=1)
     decoder = Decoder(model)
     plain = text(4, padding=6)

@@ -55,6 +55,7 @@ class Options(NamedTuple):
     dtype: str | None = None
     model: str | None = None
     load_in: str = "4bit"
+    mask_prompts: bool = False
 
 
 def merge_adapter(console: Console, options: Options) -> None:
@@ -81,7 +82,8 @@ def merge_adapter(console: Console, options: Options) -> None:
     for domain, text in texts.items():
         where = "" if domain == "all" else f", domain {domain}"
         with _bars(console, len(Decoder(model)), method, options.steps, f"{method}{where}") as progress:
-            merged = merge_static(model, *text, method, rank, scored, options.steps, progress=progress)
+            tokens = "answers" if options.mask_prompts else "all"
+            merged = merge_static(model, *text, method, rank, scored, options.steps, tokens=tokens, progress=progress)
         merges[domain] = merged
         console.print(merge_table(merged.measured, f"{_title(options, merged)}{where}"))
         console.print(kept(merged.measured))
@@ -219,6 +221,7 @@ def _figures(options: Options, method: str, merged: Merged, text: Text, rank: in
         "calibration": options.calibration,
         "calibration_rows": sum(len(batch["input_ids"]) for batch in text.calibration),
         "calibration_tokens": merged.tokens,
+        "prompts_masked_in_the_fit": options.mask_prompts,
         "held_out": options.held_out or "a quarter of the calibration text",
         "held_out_tokens": measured.tokens,
         "max_kl": options.max_kl,

@@ -159,9 +159,9 @@ class Decoder:
 
         def forward(index: int) -> Any:
             def in_its_place(*args: Any, **kwargs: Any) -> Any:
-                args, kwargs = list(args), dict(kwargs)
-                hidden = args.pop(0) if args else kwargs.pop("hidden_states")
-                output = stand_in(index, hidden, Call(tuple(args), kwargs))
+                kwargs = dict(kwargs)
+                hidden, *others = args if args else (kwargs.pop("hidden_states"),)
+                output = stand_in(index, hidden, Call(tuple(others), kwargs))
                 return (output,) if self._returns_tuple else output
 
             return in_its_place

@@ -55,6 +55,12 @@ def labels_of(batch: Batch) -> Tensor:
     return batch["input_ids"] if mask is None else batch["input_ids"].masked_fill(mask == 0, -100)
 
 
+def real(batch: Batch) -> Tensor:
+    """`[B, S]` bool: the tokens that are not padding."""
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+
+
 def predicting(batch: Batch) -> Tensor:
     """`[B, S]` bool: the positions whose next token has a label."""
     wanted = labels_of(batch)[:, 1:] != -100

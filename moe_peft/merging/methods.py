@@ -8,7 +8,7 @@ from peft import PeftModel
 from moe_peft.errors import nearest, refuse
 from moe_peft.merge import Batch, fit_static
 from moe_peft.merging.decoder import Decoder
-from moe_peft.merging.measures import predicting
+from moe_peft.merging.measures import predicting, real
 from moe_peft.merging.recovery import STEPS, distill, learned_mixing
 from moe_peft.merging.walk import Fit, Measured, sequential, walk
 from moe_peft.tuners.ffn_moe import FfnMoeLinear
@@ -56,6 +56,7 @@ def merge_static(
     scored: Sequence[Batch] = (),
     steps: int = STEPS,
     adapter_name: str = "default",
+    tokens: str = "all",
     progress: Progress | None = None,
 ) -> Merged:
     """Static factors in the place of a routed adapter, with figures on text that they were not fitted to.
@@ -69,6 +70,8 @@ def merge_static(
             full-rank change.
         scored: batches of prompts and answers, whose answers are counted right or wrong.
         steps: of distillation or learned mixing.
+        tokens: which count in the fit, "all" that are real or those that predict an "answers" token. Distillation and all
+            figures look at answers alone.
 
     Raises:
         ValueError: an unknown method, a rank below 1, an adapter that is not active or that has weights beside the
@@ -78,26 +81,27 @@ def merge_static(
     progress = progress or Progress()
     decoder = Decoder(model, adapter_name)
     check_adapter(model, decoder, method)
-    tokens = sum(int(predicting(batch).sum()) for batch in calibration)
-    check_text(decoder, tokens, method)
-    walked: dict[str, Any] = {"scored": scored, "on_layer": progress.on_layer}
+    count = sum(int((real(batch) if tokens == "all" else predicting(batch)).sum()) for batch in calibration)
+    check_text(decoder, count)
+    walked: dict[str, Any] = {"scored": scored, "on_layer": progress.on_layer, "tokens": tokens}
     if method == "subspace":
-        return Merged(walk(decoder, held_out, fit_static(model, calibration, rank), **walked), {}, tokens)
+        return Merged(walk(decoder, held_out, fit_static(model, calibration, rank), **walked), {}, count)
     if method == "ls":
         best, ridges = sequential(decoder, calibration, held_out, rank, **walked)
-        return Merged(best, ridges, tokens)
+        return Merged(best, ridges, count)
     if method == "usage":
-        return Merged(walk(decoder, held_out, None, calibration, Fit("usage", 0.0, rank), **walked), {}, tokens)
+        return Merged(walk(decoder, held_out, None, calibration, Fit("usage", 0.0, rank), **walked), {}, count)
     ridges = {}
     if method == "ls+distill":
-        start, ridges = sequential(decoder, calibration, held_out, rank, on_layer=progress.on_layer)
+        start, ridges = sequential(decoder, calibration, held_out, rank, on_layer=progress.on_layer, tokens=tokens)
     else:
-        start = walk(decoder, held_out, None, calibration, Fit("usage", 0.0, rank), on_layer=progress.on_layer)
+        fit = Fit("usage", 0.0, rank)
+        start = walk(decoder, held_out, None, calibration, fit, on_layer=progress.on_layer, tokens=tokens)
     if method == "learned":
         factors = learned_mixing(model, decoder.usage, calibration, rank, steps, adapter_name, progress.on_step)
     else:
         factors = distill(model, start.factors, calibration, steps, adapter_name, progress.on_step)
-    return Merged(walk(decoder, held_out, factors, **walked), ridges, tokens)
+    return Merged(walk(decoder, held_out, factors, **walked), ridges, count)
 
 
 def check_settings(method: str, rank: int | None) -> None:
@@ -127,12 +131,12 @@ def check_adapter(model: PeftModel, decoder: Decoder, method: str) -> None:
         raise refuse("method", method, "another one for an FFN mixture", remedy)
 
 
-def check_text(decoder: Decoder, tokens: int, method: str) -> None:
+def check_text(decoder: Decoder, tokens: int) -> None:
     """Refuse text with which the fit would be one to single tokens."""
     least = total_rank(decoder)
     if tokens < least:
         raise ValueError(
-            f"The calibration text has {tokens} tokens with a label, fewer than the adapter's {least} directions: the fit "
+            f"The calibration text has {tokens} tokens to fit to, fewer than the adapter's {least} directions: the fit "
             "would be to single tokens. Give 128 to 512 rows of the training mix."
         )
 
