@@ -155,24 +155,51 @@ def allocate(
 @app.command()
 def merge(
     adapter: Annotated[str, typer.Argument(help="The folder of an adapter, or an id on the Hub.")],
-    output: Annotated[Path, typer.Option(help="Gets the plain LoRA and, if it was fitted, moe_peft_merge.json.")],
+    output: Annotated[Path, typer.Option(help="A new or empty folder for the weights, their record and the picture.")],
     calibration: Annotated[
         str | None,
         typer.Option(help="Text to fit on, as for `train --dataset`; not for an adapter without routing."),
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="ls (the default), usage, learned, distill, ls+distill or subspace; see the README."),
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="Of the plain LoRA; by default all directions are kept.")] = None,
-    method: Annotated[str, typer.Option(help="lstsq, or mean for each expert's mean weight.")] = "lstsq",
+    dense: Annotated[bool, typer.Option("--dense", help="Whole weights in place of a plain LoRA.")] = False,
+    per_domain: Annotated[
+        bool, typer.Option("--per-domain", help="One plain LoRA for each `domain` or `task_type` of the text.")
+    ] = False,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Write nothing if the merge is further from the routed model, in nats.")
+    ] = None,
+    evaluation: Annotated[
+        str | None,
+        typer.Option("--eval", help="Prompts and answers to score: rows, or a suite of the pocket backbone."),
+    ] = None,
     held_out: Annotated[
         str | None, typer.Option(help="Text to measure on; by default a quarter of --calibration.")
     ] = None,
+    steps: Annotated[int, typer.Option(help="Of distill and learned.")] = 300,
+    mask_prompts: Annotated[
+        bool, typer.Option("--mask-prompts", help="Fit to answers alone; by default to all tokens but padding.")
+    ] = False,
     limit: Annotated[int, typer.Option(help="At most this many rows of text.")] = 512,
+    base_weights: Annotated[
+        str | None,
+        typer.Option(help="With --dense: original; dequantized for what a 4-bit backbone computed with; auto."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="With --dense: float32, bfloat16 or float16; auto is the base's.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="The backbone, if not the one that the adapter names.")] = None,
     load_in: Annotated[str, typer.Option(help="4bit, 8bit or none.")] = "4bit",
 ) -> None:
-    """One plain LoRA in place of an adapter, for any LoRA server: exact if it does not route, else what it loses is measured."""
-    from moe_peft.inspecting import merge_adapter
+    """One plain LoRA, or dense weights, in place of an adapter: exact if it does not route, else what it loses is measured."""
+    from moe_peft.merging.command import Options, merge_adapter
 
-    merge_adapter(Console(), adapter, calibration, output, rank, method, held_out, limit, model, load_in)
+    text = (calibration, method, rank, dense, per_domain, max_kl, evaluation, held_out)
+    rest = (steps, limit, base_weights, dtype, model, load_in, mask_prompts)
+    merge_adapter(Console(), Options(adapter, output, *text, *rest))
 
 
 @app.command()

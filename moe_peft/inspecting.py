@@ -1,24 +1,18 @@
-"""What `moe-peft inspect` and `moe-peft merge` do: load an adapter, look at it or fit a static LoRA, print, save."""
+"""What `moe-peft inspect` does: load an adapter, look at it, print."""
 
-import json
-import random
 from pathlib import Path
 
-from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import AutoConfig
 
-from moe_peft.agreement import Agreement, measure_agreement
+from moe_peft.agreement import Agreement
 from moe_peft.budget import count_parameters, equal_budget_lora, meta_backbone
-from moe_peft.catalogue import CONFIG_FILE
 from moe_peft.config import MoeConfig
-from moe_peft.errors import refuse
 from moe_peft.loaded import batches_of, load_adapter
-from moe_peft.merge import Factors, fit_static, routed_layers, save_static
-from moe_peft.plain_lora import is_plain, save_lora
-from moe_peft.report import health_table, heat_map, routing_report, short_name, verdict
+from moe_peft.merge import Factors, routed_layers
+from moe_peft.report import health_table, heat_map, routing_report, verdict
 from moe_peft.shard_config import ShardPoolConfig
 
 
@@ -100,73 +94,6 @@ def _equal_rank(backbone: nn.Module, budget: int, modules: list[str]) -> str:
         return f"r = {equal_budget_lora(backbone, budget, modules).r}"
     except ValueError:
         return "less than r = 1"
-
-
-def merge_adapter(
-    console: Console,
-    adapter: str,
-    calibration: str | None,
-    output: Path,
-    rank: int | None,
-    method: str,
-    held_out: str | None,
-    limit: int,
-    model: str | None,
-    load_in: str,
-) -> None:
-    """Fit a plain LoRA to a routed adapter, measure what it loses on text it was not fitted to, save both.
-
-    An adapter without routing is written as the plain LoRA that it is, exactly and without text.
-
-    Raises:
-        ValueError: an adapter, model, text or setting that cannot be used, in words.
-    """
-    there = output / CONFIG_FILE
-    if there.is_file() and json.loads(there.read_text()).get("peft_type") != "LORA":
-        raise refuse("--output", str(output), "a folder without another adapter", "Name a new folder.")
-    adapted, tokenizer = load_adapter(adapter, model, load_in)
-    if isinstance(adapted.peft_config["default"], ShardPoolConfig) or (calibration is None and is_plain(adapted)):
-        _write_exact(console, adapted, output, calibration=calibration, rank=rank, held_out=held_out)
-        return
-    if calibration is None:
-        remedy = "A routed adapter is fitted: give 128 to 512 rows of the training mix."
-        raise refuse("--calibration", None, "text, as for `train --dataset`", remedy)
-    text = batches_of(calibration, tokenizer, limit=limit)["all"]
-    if held_out is not None:
-        measured = batches_of(held_out, tokenizer, limit=limit)["all"]
-    elif len(text) < 2:
-        raise ValueError(
-            f"`--calibration` gives {len(text)} batch of text, too little to keep a part for measuring. Give more than 8 "
-            "rows, or other text with `--held-out`."
-        )
-    else:
-        random.Random(0).shuffle(text)
-        quarter = max(1, len(text) // 4)
-        text, measured = text[quarter:], text[:quarter]
-    factors = fit_static(adapted, text, rank, method)
-    agreement = measure_agreement(adapted, factors, measured)
-    base_model = adapted.peft_config["default"].base_model_name_or_path
-    record = {"adapter": adapter, "method": method, "calibration": calibration, **agreement._asdict()}
-    save_static(factors, output, base_model, {"moe_peft_merge.json": json.dumps(record, indent=1)})
-    console.print(agreement_table(agreement, rank_range(factors)))
-    worst = sorted(agreement.layer_error.items(), key=lambda item: -item[1])[:5]
-    console.print("Largest errors: " + ", ".join(f"{short_name(name)} {error:.0%}" for name, error in worst))
-    console.print(
-        f"Written to {output}: a plain PEFT LoRA. A routed adapter is no weight; above is what the merge loses."
-    )
-
-
-def _write_exact(console: Console, adapted: PeftModel, output: Path, **fitting: object) -> None:
-    for option, value in fitting.items():
-        if value is not None:
-            name = "--" + option.replace("_", "-")
-            raise refuse(
-                name, value, "left out for an adapter without routing", "It is written exactly: nothing is fitted."
-            )
-    lora = save_lora(adapted, output)
-    console.print(
-        f"Written to {output}: a plain PEFT LoRA of rank {lora.r}, which computes what the adapter computes, exactly."
-    )
 
 
 def rank_range(factors: dict[str, Factors]) -> str:

@@ -78,15 +78,19 @@ def batches_of(
     name, _, split = source.partition("#")
     keep = () if by is None else (by,)
     dataset = training_rows(name, split or "train", chat=tokenizer.chat_template is not None, keep=keep).dataset
-    groups: dict[str, list[tuple[list[int], list[int]]]] = {}
+    groups: dict[str, list[dict[str, Any]]] = {}
     for row in dataset.shuffle(seed=0).select(range(min(limit, len(dataset)))):
-        ids, labels = encode(row, tokenizer)
-        groups.setdefault(str(row[by]) if by else "all", []).append((ids[:max_length], labels[:max_length]))
+        groups.setdefault(str(row[by]) if by else "all", []).append(row)
+    return {group: batches_from(rows, tokenizer, batch_size, max_length) for group, rows in groups.items()}
+
+
+def batches_from(
+    rows: list[dict[str, Any]], tokenizer: Any, batch_size: int = 8, max_length: int = 1024
+) -> list[Batch]:
+    """Rows in a format of TRL's as right-padded batches with labels on the answers."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return {
-        group: [collate(rows[i : i + batch_size], pad) for i in range(0, len(rows), batch_size)]
-        for group, rows in groups.items()
-    }
+    encoded = [tuple(ids[:max_length] for ids in encode(row, tokenizer)) for row in rows]
+    return [collate(encoded[i : i + batch_size], pad) for i in range(0, len(encoded), batch_size)]
 
 
 def collate(rows: list[tuple[list[int], list[int]]], pad_token_id: int) -> Batch:

@@ -14,8 +14,8 @@ from typing import Any, cast
 import torch
 import yaml
 from datasets import Dataset
-from peft import PeftModel
 from huggingface_hub import snapshot_download
+from peft import PeftModel
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase

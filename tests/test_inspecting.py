@@ -61,7 +61,8 @@ def test_merge_writes_a_plain_lora_with_its_loss(folder, tmp_path, capsys):
     out = tmp_path / "plain"
     assert run("merge", folder / "adapter", "--calibration", folder / "rows.jsonl", "--output", out) == 0
     record = json.loads((out / "moe_peft_merge.json").read_text())
-    assert 0 <= record["kl_merged"] <= record["kl_base"]
+    models = record["models"]
+    assert 0 == models["routed"]["kl"] <= models["merged"]["kl"] <= models["base"]["kl"]
     assert json.loads((out / "adapter_config.json").read_text())["peft_type"] == "LORA"
     model, _ = load_pocket()
     PeftModel.from_pretrained(model, out)
@@ -76,10 +77,10 @@ def test_what_is_mistyped_gets_a_sentence(folder, tmp_path, capsys):
     assert "`limit` is 0, but must be" in refusal(capsys, "inspect", adapter, "--data", rows, "--limit", 0)
     assert "'4bits'" in refusal(capsys, "inspect", adapter, "--load-in", "4bits")
     merge = ("merge", adapter, "--calibration", rows, "--output", tmp_path / "x")
-    assert "Did you mean 'lstsq'?" in refusal(capsys, *merge, "--method", "lsqst")
+    assert "Did you mean 'usage'?" in refusal(capsys, *merge, "--method", "usgae")
     assert "`rank` is 0, but must be" in refusal(capsys, *merge, "--rank", 0)
     before = sorted(path.name for path in adapter.iterdir())
-    assert "a folder without another adapter" in refusal(capsys, *merge[:-1], adapter)
+    assert "a new or empty folder" in refusal(capsys, *merge[:-1], adapter)
     assert sorted(path.name for path in adapter.iterdir()) == before
     assert "too little to keep a part for measuring" in refusal(capsys, *merge, "--limit", 4)
     assert not (tmp_path / "x").exists()

@@ -154,7 +154,7 @@ def plan_export(
     weights = Checkpoint(folder, inside=LANGUAGE_MODEL.get(family))
     _check_fit(config, weights, experts)
     stored = torch_dtype(weights.dtypes["model.embed_tokens.weight"])
-    kept, why = _frozen_weights(experts.folder, base_weights)
+    kept, why = frozen_weights(experts.folder, base_weights)
     return ExportPlan(
         base_name=base,
         adapter_name=adapter,
@@ -203,7 +203,7 @@ def trained_in(adapter: Path) -> str | None:
     return "none" if settings.get("no_quantize") else settings.get("load_in", "4bit")
 
 
-def _frozen_weights(adapter: Path, wanted: str) -> tuple[str, str]:
+def frozen_weights(adapter: Path, wanted: str) -> tuple[str, str]:
     """Which frozen weights to take, and why."""
     log, loaded = adapter / "training_log.json", trained_in(adapter)
     if wanted != "auto":

@@ -1,0 +1,1 @@
+"""One plain LoRA, or dense weights, in place of a routed adapter, and what that costs, measured."""
