@@ -315,12 +315,12 @@ def test_an_error_within_a_stream_is_proper_json():
 
 @pytest.fixture
 def control(monkeypatch):
-    """A stand-in for `moe_peft.routing_control`: it doubles the experts' scale on its own thread, slowly."""
+    """A stand-in for `moe_peft.routing_control`: it says on which thread a switch is set."""
     seen = []
     here = threading.local()
 
     @contextmanager
-    def routing(disable=None, force=None, weights=None, domain=None):
+    def routing(model, *, disable=(), force=(), domain=None):
         if disable and max(disable) > 2:
             raise ValueError(f"`disable` is {disable}, but must be experts from 0 to 2.")
         seen.append((disable, force, domain))
@@ -363,14 +363,14 @@ def test_switches_hold_for_their_request_alone(served, reference, control):
         for hook in hooks:
             hook.remove()
     assert got == ["" if number % 2 else wanted[number] for number in range(16)]
-    assert {entry for _, entry, _ in seen} == {None}
+    assert {entry for _, entry, _ in seen} == {()}
 
 
 def test_switches_that_the_model_does_not_have_are_refused_before_an_answer_begins(served, control):
     with pytest.raises(openai.BadRequestError, match=r"`disable` is \[7\], but must be experts from 0 to 2"):
         chat(served, "Hi", stream=True, extra_body={"disable_experts": [7]})
     chat(served, "Hi", extra_body={"force_experts": [1], "domain": "law"})
-    assert control[0][-1] == (None, [1], "law")
+    assert control[0][-1] == ((), [1], "law")
 
 
 def test_without_the_module_for_switches_the_fields_are_refused(served, monkeypatch):

@@ -237,15 +237,16 @@ def _check_experts(fields: ExpertFields) -> None:
     """Types only: whether the model has such experts and domains is known where they are switched."""
     for name in ("disable_experts", "force_experts"):
         value = getattr(fields, name)
-        entries = value if isinstance(value, list) else [None]
-        if value is not None and not all(
-            _is_whole(entry) and entry >= 0 or isinstance(entry, str) for entry in entries
-        ):
+        if value is not None and not (isinstance(value, list) and all(map(_names_expert, value))):
             raise _refused(name, value, "a list of experts, by number from 0 or by name", "Write [0, 3], say.")
     if fields.domain is not None and not (isinstance(fields.domain, str) or _is_whole(fields.domain)):
         raise _refused(
             "domain", fields.domain, "the name or the number of one domain", "A request is about one domain."
         )
+
+
+def _names_expert(entry: Any) -> bool:
+    return isinstance(entry, str) or (_is_whole(entry) and entry >= 0)
 
 
 def _is_whole(value: Any) -> bool:

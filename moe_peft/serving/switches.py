@@ -28,7 +28,8 @@ def expert_control(model: nn.Module, fields: ExpertFields) -> AbstractContextMan
         raise RequestRefused(
             f"`{name}` is given, but this version of moe_peft cannot switch experts by request. Leave it out.", name
         ) from error
-    return routing(disable=fields.disable_experts, force=fields.force_experts, domain=fields.domain)
+    disable, force = fields.disable_experts or (), fields.force_experts or ()
+    return routing(model, disable=disable, force=force, domain=fields.domain)
 
 
 def check_control(model: nn.Module, fields: ExpertFields) -> None:
