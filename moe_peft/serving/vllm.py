@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.models.transformers import TransformersForCausalLM
+from vllm.model_executor.models.transformers import TransformersForCausalLM  # pyright: ignore[reportMissingImports]
 
 from moe_peft.errors import refuse
 from moe_peft.serving.adapter import Adapter, check_server
