@@ -28,6 +28,7 @@ from moe_peft.pruning import expert_scores, prune_experts  # noqa: E402
 from moe_peft.rank_config import RankMoeConfig  # noqa: E402
 from moe_peft.regrouping import group_experts  # noqa: E402
 from moe_peft.router_init import init_routers  # noqa: E402
+from moe_peft.self_contrast import SelfContrast  # noqa: E402
 from moe_peft.shard_config import ShardPoolConfig  # noqa: E402
 from moe_peft.tuners import base  # noqa: E402
 from moe_peft.tuners.ffn_moe import FfnMoeModel  # noqa: E402
@@ -55,6 +56,7 @@ __all__ = [
     "MoeCallback",
     "RankMoeConfig",
     "RankMoeModel",
+    "SelfContrast",
     "ShardPoolConfig",
     "ShardPoolModel",
     "TaskTypeCollator",
