@@ -4,7 +4,7 @@ Importing this package registers its adapter types with PEFT and does nothing el
 quantisation library is loaded.
 """
 
-from moe_peft import registration
+from moe_peft import registration, saving
 from moe_peft.rival import refuse_rival
 
 
@@ -15,6 +15,7 @@ for name in ("linear_moe", "ffn_moe", "rank_moe", "shard_pool"):
 from moe_peft.adding import add_experts, freeze_experts  # noqa: E402  (the enum members must exist first)
 from moe_peft.allocating import allocate  # noqa: E402
 from moe_peft.callbacks import MoeCallback, install  # noqa: E402
+from moe_peft.card import describe_adapter  # noqa: E402
 from moe_peft.catalogue import from_catalogue  # noqa: E402
 from moe_peft.collator import TaskTypeCollator  # noqa: E402
 from moe_peft.config import FfnMoeConfig, LinearMoeConfig  # noqa: E402
@@ -45,6 +46,8 @@ registration.register("rank_moe", RankMoeConfig, RankMoeModel)
 registration.register("shard_pool", ShardPoolConfig, ShardPoolModel)
 if install not in base.after_injection:
     base.after_injection.append(install)
+if describe_adapter not in saving.after_saving:
+    saving.after_saving.append(describe_adapter)
 
 __all__ = [
     "ConsistencyLoss",

@@ -117,7 +117,7 @@ class SelfContrast(LogitsProcessor):
 
     def _weak(self) -> Tensor:
         """The weak model's logits of the next token: its own pass over what the strong one was given since the last."""
-        passes, self.seen, self.asking = self.seen, [], True
+        passes, self.seen, self.asking, out = self.seen, [], True, None
         try:
             with self._weaker():
                 for given in passes:
@@ -127,6 +127,7 @@ class SelfContrast(LogitsProcessor):
                     out = self.model.get_base_model()(*given["args"], **kwargs)
         finally:
             self.asking = False
+        assert out is not None  # `_check_plain` has seen a pass
         return out.logits[:, -1]
 
     def _weaker(self) -> Any:
