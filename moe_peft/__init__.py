@@ -4,7 +4,7 @@ Importing this package registers its adapter types with PEFT and does nothing el
 quantisation library is loaded.
 """
 
-from moe_peft import registration
+from moe_peft import registration, saving
 from moe_peft.rival import refuse_rival
 
 
@@ -15,6 +15,7 @@ for name in ("linear_moe", "ffn_moe", "rank_moe", "shard_pool", "domain_moe"):
 from moe_peft.adding import add_experts, freeze_experts  # noqa: E402  (the enum members must exist first)
 from moe_peft.allocating import allocate  # noqa: E402
 from moe_peft.callbacks import MoeCallback, install  # noqa: E402
+from moe_peft.card import describe_adapter  # noqa: E402
 from moe_peft.catalogue import from_catalogue  # noqa: E402
 from moe_peft.collator import TaskTypeCollator  # noqa: E402
 from moe_peft.config import FfnMoeConfig, LinearMoeConfig  # noqa: E402
@@ -36,6 +37,7 @@ from moe_peft.router_init import init_routers  # noqa: E402
 # manager, while `from moe_peft.routing import Routing` still finds the module. (`import moe_peft.routing as x` gives the
 # context manager: Python asks the package for the attribute.)
 from moe_peft.routing_control import routing  # noqa: E402
+from moe_peft.self_contrast import SelfContrast  # noqa: E402
 from moe_peft.shard_config import ShardPoolConfig  # noqa: E402
 from moe_peft.tuners import base  # noqa: E402
 from moe_peft.tuners.domain_moe import DomainMoeModel  # noqa: E402
@@ -54,6 +56,8 @@ registration.register("shard_pool", ShardPoolConfig, ShardPoolModel)
 registration.register("domain_moe", DomainMoeConfig, DomainMoeModel)
 if install not in base.after_injection:
     base.after_injection.append(install)
+if describe_adapter not in saving.after_saving:
+    saving.after_saving.append(describe_adapter)
 
 __all__ = [
     "ConsistencyLoss",
@@ -67,6 +71,7 @@ __all__ = [
     "MoeCallback",
     "RankMoeConfig",
     "RankMoeModel",
+    "SelfContrast",
     "ShardPoolConfig",
     "ShardPoolModel",
     "TaskTypeCollator",

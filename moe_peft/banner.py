@@ -14,6 +14,7 @@ from trl import SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 from moe_peft.arguments import Settings
 from moe_peft.budget import count_parameters
+from moe_peft.card import method_line
 from moe_peft.data import Rows
 
 
@@ -135,18 +136,6 @@ def _precision(model: nn.Module, load_in: str | None) -> str:
     if getattr(model, "is_loaded_in_4bit", False):
         return f"4 bits, the rest in {dtype}"
     return f"8 bits, the rest in {dtype}" if getattr(model, "is_loaded_in_8bit", False) else dtype
-
-
-def method_line(config: Any) -> str:
-    """`"LINEAR_MOE, 8 experts of rank 8, softmax_top_k, top 2, balance switch x 0.001"`."""
-    kind = _word(config.peft_type)
-    if not hasattr(config, "routing"):
-        return kind
-    chosen = f", top {config.top_k}" if config.top_k else ""
-    balance = "" if config.balance == "none" else f" x {config.router_aux_loss_coef:g}"
-    ranks = config.num_experts is None  # each of them an expert
-    experts = f"{config.r} ranks" if ranks else f"{config.num_experts} experts of rank {config.r}"
-    return f"{kind}, {experts}, {config.routing}{chosen}, balance {config.balance}{balance}"
 
 
 def _unused(rows: Rows) -> str:

@@ -117,9 +117,12 @@ def inspect(
     load_in: Annotated[str, typer.Option(help="4bit, 8bit or none.")] = "4bit",
 ) -> None:
     """What an adapter is: parameters, the LoRA of the same size, and with --data the health of its routers."""
+    from moe_peft.card import describe_routers
     from moe_peft.inspecting import inspect_adapter
 
     inspect_adapter(Console(), adapter, model, data, by, limit, output, load_in)
+    if data is not None and output is not None:
+        describe_routers(adapter, output / "routing.json")
 
 
 @app.command()
@@ -195,11 +198,13 @@ def merge(
     load_in: Annotated[str, typer.Option(help="4bit, 8bit or none.")] = "4bit",
 ) -> None:
     """One plain LoRA, or dense weights, in place of an adapter: exact if it does not route, else what it loses is measured."""
+    from moe_peft.card import describe_output
     from moe_peft.merging.command import Options, merge_adapter
 
     text = (calibration, method, rank, dense, per_domain, max_kl, evaluation, held_out)
     rest = (steps, limit, base_weights, dtype, model, load_in, mask_prompts)
     merge_adapter(Console(), Options(adapter, output, *text, *rest))
+    describe_output(adapter, output)
 
 
 @app.command()
@@ -231,6 +236,7 @@ def shrink(
     load_in: Annotated[str, typer.Option(help="4bit, 8bit or none.")] = "4bit",
 ) -> None:
     """A smaller routed adapter in place of a trained one: fewer experts, and what that loses is measured."""
+    from moe_peft.card import describe_output
     from moe_peft.shrinking_report import shrink_adapter
 
     words = {"method": method, "by": by, "similarity": similarity, "merge": merge}
@@ -238,6 +244,7 @@ def shrink(
     text = {"held_out": held_out, "max_kl": max_kl, "limit": limit}
     given: dict[str, Any] = {**words, **numbers, **text, "model": model, "load_in": load_in}
     shrink_adapter(Console(), adapter, calibration, output, **given)
+    describe_output(adapter, output)
 
 
 @app.command()
@@ -263,9 +270,11 @@ def merge_loras(
     load_in: Annotated[str, typer.Option(help="4bit, 8bit or none.")] = "4bit",
 ) -> None:
     """Several plain LoRAs of one backbone as one: TIES, KnOTS, or their sum, and what each of them loses by it."""
+    from moe_peft.card import describe_output
     from moe_peft.merging_report import merge_plain_loras
 
     merge_plain_loras(Console(), loras, output, method, weight, density, rank, held_out or [], limit, model, load_in)
+    describe_output(None, output)
 
 
 @app.command()
@@ -289,9 +298,12 @@ def export(
     verify: Annotated[bool, typer.Option(help="Compare the export with the adapter on its backbone.")] = True,
 ) -> None:
     """An FFN mixture as a checkpoint that transformers, vLLM and llama.cpp load as their own, with no plugin."""
+    from moe_peft.card import describe_output
     from moe_peft.exporting import export_adapter
 
     export_adapter(Console(), adapter, to, output, check, model, target, base_weights, dtype, max_shard_size, verify)
+    if output is not None and not check:
+        describe_output(adapter, output)
 
 
 @app.command(name="import")

@@ -7,20 +7,27 @@ A run that is killed while it saves leaves the adapter that was there before, ne
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
+from huggingface_hub import ModelCard
 from peft import PeftModel
 
 
 UNFINISHED = ".unfinished"
 """The folder that files are written to first, inside the one they are meant for."""
 
+after_saving: list[Callable[[PeftModel, Path, str], None]] = []
+"""Called with the model, the folder that it was saved to and the adapter's name; the package puts its card writer here."""
+
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
+_CARD = "README.md"
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
-    """`model.save_pretrained(folder)`, in one step.
+    """`model.save_pretrained(folder)`, in one step, and a card (README.md) that says what the adapter is.
 
     Args:
         model: with one or more adapters; each is saved as PEFT does it.
@@ -29,14 +36,31 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
     folder = Path(folder)
     beside = begin(folder)
     model.save_pretrained(str(beside))
+    for describe in after_saving:
+        describe(model, beside, folder.resolve().name)
     put_in_place(beside, folder)
 
 
 def begin(folder: Path) -> Path:
-    """An empty folder inside `folder` to write to; what an interrupted run left there is thrown away."""
-    beside = folder / UNFINISHED
+    """A folder inside `folder` to write to, empty but for the card; what an interrupted run left there is thrown away.
+
+    PEFT goes on from a card that it finds where it saves, so that a user's text is still in the one put in place.
+    """
+    beside, card = folder / UNFINISHED, folder / _CARD
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
+    if card.is_file():
+        try:
+            ModelCard(card.read_text(encoding="utf-8"))
+        except Exception as error:  # whatever YAML and the Hub's checks say; PEFT would not save the weights for it
+            kept = folder / "README.before.md"
+            shutil.copyfile(card, kept)
+            warnings.warn(
+                f"The metadata of `{card}` cannot be read ({str(error).splitlines()[0]}): kept as `{kept}`.",
+                stacklevel=3,
+            )
+        else:
+            shutil.copyfile(card, beside / _CARD)
     return beside
 
 

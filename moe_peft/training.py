@@ -25,7 +25,7 @@ from trl.chat_template_utils import get_training_chat_template
 from moe_peft.arguments import PROGRAM, Settings, parse
 from moe_peft.backbone import load_backbone, load_tokenizer, model_path
 from moe_peft.banner import installed, parameter_counts, print_banner
-from moe_peft.card import adapter_card
+from moe_peft.card import describe_adapter
 from moe_peft.catalogue import CARD_FILE, RECIPE_FILE
 from moe_peft.collator import TaskTypeCollator
 from moe_peft.data import Rows, training_rows
@@ -58,8 +58,10 @@ def run(settings: Settings, console: Console) -> SFTTrainer:
     if trainer.is_world_process_zero():
         print_banner(console, trainer, settings, rows, notes(settings, trainer, rows))
     start = time.monotonic()
+    written = settings.output_dir / CARD_FILE
+    card = written.read_text(encoding="utf-8") if written.is_file() else None  # TRL's checkpoints write over it
     trainer.train(resume_from_checkpoint=resume)
-    finish(trainer, settings, time.monotonic() - start)
+    finish(trainer, settings, time.monotonic() - start, card)
     if trainer.is_world_process_zero():
         print_next(console, settings)
     return trainer
@@ -203,8 +205,12 @@ def notes(settings: Settings, trainer: SFTTrainer, rows: Rows) -> list[str]:
     return said
 
 
-def finish(trainer: SFTTrainer, settings: Settings, seconds: float) -> None:
-    """Save the adapter, the tokenizer, the recipe of this run and its log into `output_dir`, in one step."""
+def finish(trainer: SFTTrainer, settings: Settings, seconds: float, card: str | None = None) -> None:
+    """Save the adapter, the tokenizer, the recipe of this run, its log and its card into `output_dir`, in one step.
+
+    Args:
+        card: what stood in `output_dir` before the run, to be gone on from.
+    """
     output = settings.output_dir
     main_process = trainer.is_world_process_zero()
     beside = begin(output) if main_process else output
@@ -213,12 +219,10 @@ def finish(trainer: SFTTrainer, settings: Settings, seconds: float) -> None:
     if main_process:
         recipe = f"# This run again: moe-peft train --config {RECIPE_FILE}\n{yaml.safe_dump(settings.given, sort_keys=False)}"
         (beside / RECIPE_FILE).write_text(recipe, encoding="utf-8")
-        log = json.dumps(run_log(trainer, settings, seconds), indent=1, default=str)
-        (beside / LOG_FILE).write_text(log, encoding="utf-8")
-        base = model_path(settings.arguments.model)
-        history = trainer.state.log_history
-        card = adapter_card(trainer.model, settings.source.name, base, settings.arguments.dataset, history)
-        (beside / CARD_FILE).write_text(card, encoding="utf-8")
+        log = run_log(trainer, settings, seconds)
+        (beside / LOG_FILE).write_text(json.dumps(log, indent=1, default=str), encoding="utf-8")
+        known = settings.source.name, settings.arguments.dataset, log, card, model_path(settings.arguments.model)
+        describe_adapter(trainer.model, beside, *known)
         put_in_place(beside, output)
     trainer.accelerator.wait_for_everyone()
     if settings.training.push_to_hub:

@@ -8,6 +8,7 @@ from test_domain_moe import DOMAINS, EXACT, LORAS, adapted, layers_of, logits, m
 
 import moe_peft
 from moe_peft import DomainMoeConfig, from_loras, set_null_threshold, set_prototypes
+from moe_peft.routing import dense_weights
 from moe_peft.balance_terms import label_gradient, label_loss
 from moe_peft.prototypes import gate_of_model, prompt_pools, separating, top_right_singular_vector
 from moe_peft.report import routing_report
@@ -104,7 +105,7 @@ def test_in_training_every_expert_is_weighed_by_the_softmax_of_the_prompt(tokens
     model(input_ids=tokens, labels=labels).loss.backward()
     pools = model.get_input_embeddings().weight[tokens[:, :4]].amax(1)
     wanted = (pools @ experts.router.T).softmax(-1).repeat_interleave(10, 0)
-    weights = moe_peft.routing.dense_weights(seen["routing"])
+    weights = dense_weights(seen["routing"])
     torch.testing.assert_close(weights[:, :3], wanted, **EXACT)
     assert not weights[:, 3].any()
     assert experts.router.grad.any()

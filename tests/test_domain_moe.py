@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import moe_peft
 from moe_peft import DomainMoeConfig, from_loras
+from moe_peft.routing import dense_weights
 from moe_peft.domain_config import GATES
 from moe_peft.tuners.domain_experts import domains_naive
 from moe_peft.tuners.domain_moe import DomainMoeLinear
@@ -188,7 +189,7 @@ def test_the_layer_is_the_definition_gradients_included(tokens_in_all, train_dom
     fast = layer(x)
     weight = torch.randn_like(fast)
     given = torch.autograd.grad(fast, [x, *trained.values()], weight)
-    gates = moe_peft.routing.dense_weights(experts.rule(x.reshape(-1, x.shape[-1]) @ experts.router.T, 2))
+    gates = dense_weights(experts.rule(x.reshape(-1, x.shape[-1]) @ experts.router.T, 2))
     slow = domains_naive(x[0], experts.factors(), dict(zip(DOMAINS, gates.T, strict=True)))
     slow = layer.base_layer(x) + slow.unsqueeze(0)
     torch.testing.assert_close(fast, slow, **EXACT)
