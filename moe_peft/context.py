@@ -20,7 +20,15 @@ from moe_peft.masks import real_from_mask
 
 _live: "WeakSet[RoutingContext]" = WeakSet()
 
-_PASSING = {"real": None, "prompt": None, "embeddings": None, "pool": None, "cache": None, "decoding": None}
+_PASSING = {
+    "real": None,
+    "prompt": None,
+    "embeddings": None,
+    "pool": None,
+    "cache": None,
+    "decoding": None,
+    "kept": None,
+}
 """What belongs to one pass and not to a copy of the model."""
 
 _OURS = ("task_types", "prompt_mask", "routing_embeddings", "routing_pool")
@@ -172,6 +180,8 @@ class RoutingContext:
         recording: count in inference too (for the routing report).
         counted: `[B, S]` bool, the only positions that a recording counts; None counts every real one.
         watching: count in training even where no balance loss asks for it.
+        kept: within one call of the user's, what layers keep from one token that is generated to the next, by layer; None
+            outside, where weights may change.
         scale: of every balance gradient; read in backward. See `scale_balance`.
         controlled: of the class: somewhere a block of `routing_control` is open.
     """
@@ -194,6 +204,7 @@ class RoutingContext:
         self.decoding: Any = None
         self.pinned: WeakKeyDictionary[Any, dict[int, Tensor]] = WeakKeyDictionary()
         self.prompt_length: int | None = None
+        self.kept: dict[int, Any] | None = None
         self.recording = False
         self.counted: Tensor | None = None
         self.watching = False
@@ -296,11 +307,12 @@ class RoutingContext:
     @contextmanager
     def one_call(self) -> Iterator[None]:
         """One call of the user's: its first pass is the prompt, later ones without a cache repeat and extend it."""
-        before, self.prompt_length = self.prompt_length, 0
+        before = self.prompt_length, self.kept
+        self.prompt_length, self.kept = 0, {}
         try:
             yield
         finally:
-            self.prompt_length = before
+            self.prompt_length, self.kept = before
 
     def release(self, model: nn.Module) -> None:
         """Take the hooks off again, for when the model gets its linear layers back."""

@@ -70,8 +70,8 @@ class DomainMoeConfig(MoeConfig):
             As in [`MoeConfig`] with `gate="token"`, "softmax_top_k" by default; the other gates fix it.
     """
 
-    num_experts: int | None = field(default=None, metadata={"help": "Follows from `domains`."})  # type: ignore[assignment]
-    routing: str | None = field(default=None, metadata={"help": "How a token chooses."})  # type: ignore[assignment]
+    num_experts: Any = field(default=None, metadata={"help": "Follows from `domains`."})
+    routing: Any = field(default=None, metadata={"help": "How a token chooses, with the gate 'token'."})
     domains: list[str] | None = field(default=None, metadata={"help": "The experts' names, in order."})
     gate: str = field(default="token", metadata={"help": "Who chooses the experts."})
     gate_training: str = field(default="loss", metadata={"help": "What the gate learns from."})

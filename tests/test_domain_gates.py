@@ -8,10 +8,10 @@ from test_domain_moe import DOMAINS, EXACT, LORAS, adapted, layers_of, logits, m
 
 import moe_peft
 from moe_peft import DomainMoeConfig, from_loras, set_null_threshold, set_prototypes
-from moe_peft.routing import dense_weights
 from moe_peft.balance_terms import label_gradient, label_loss
 from moe_peft.prototypes import gate_of_model, prompt_pools, separating, top_right_singular_vector
 from moe_peft.report import routing_report
+from moe_peft.routing import dense_weights
 
 
 LENGTHS = [10, 6, 4]

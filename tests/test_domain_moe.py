@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import moe_peft
 from moe_peft import DomainMoeConfig, from_loras
-from moe_peft.routing import dense_weights
 from moe_peft.domain_config import GATES
+from moe_peft.routing import dense_weights
 from moe_peft.tuners.domain_experts import domains_naive
 from moe_peft.tuners.domain_moe import DomainMoeLinear
 
@@ -367,3 +367,26 @@ def test_one_expert_of_the_gates_choice_weighs_1_where_labels_train_the_gate():
         DomainMoeConfig(**{k: v for k, v in config.to_dict().items() if k != "peft_type"}).to_dict()
         == config.to_dict()
     )
+
+
+def test_what_is_kept_for_a_generation_does_not_outlive_it(tokens):
+    model = adapted()
+    context = layers_of(model)[0].context
+    model.generate(input_ids=tokens, max_new_tokens=3)
+    assert context.kept is None
+    with torch.no_grad():
+        before = logits(model, tokens[:1, :5])
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.mul_(2)  # which no version counter sees
+        assert not torch.allclose(logits(model, tokens[:1, :5]), before)
+
+
+def test_tokens_of_one_generation_share_the_stacked_experts(tokens):
+    model = adapted()
+    stacked = []
+    experts = layers_of(model)[0].experts("default")
+    experts._kept = lambda context, dtype: stacked.append(type(experts)._kept(experts, context, dtype)) or stacked[-1]
+    model.generate(input_ids=tokens, max_new_tokens=4)
+    assert len(stacked) == 4
+    assert all(A is stacked[0][0] for A, _ in stacked)

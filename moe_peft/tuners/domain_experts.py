@@ -190,8 +190,17 @@ class DomainExperts(Router):
             logits = None if self.router is None else nn.functional.linear(flat, self.router.to(dtype))
             routing = self._here(x, logits, flat, context)
         gates = dense_weights(routing).to(dtype).index_select(1, self.owner)
-        A, B = self.lora_A.to(dtype), self.lora_B.to(dtype)
+        A, B = self._kept(context, dtype)
         return experts_decoded(y.reshape(-1, y.shape[-1]), flat, A, B, gates, self.scaling).view(y.shape)
+
+    def _kept(self, context: RoutingContext, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """All A and B stacked, once for all the tokens of one generation."""
+        if context.kept is None:
+            return self.lora_A.to(dtype), self.lora_B.to(dtype)
+        key = id(self)
+        if key not in context.kept or context.kept[key][0].dtype != dtype:
+            context.kept[key] = self.lora_A.to(dtype), self.lora_B.to(dtype)
+        return context.kept[key]
 
     # --- the gate ---
 

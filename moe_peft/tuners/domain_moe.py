@@ -83,7 +83,7 @@ class DomainMoeLinear(MoeTunerLayer):
             unit.leave(adapter_name)
 
     def is_static(self, adapter_name: str) -> bool:
-        return not self.holds(adapter_name) or self.experts(adapter_name).num_experts == 1
+        return not self.holds(adapter_name) or bool(self.experts(adapter_name).num_experts == 1)
 
     def expert_names(self, adapter_name: str) -> list[str]:
         """The domains, in order."""
