@@ -9,11 +9,12 @@ from moe_peft.rival import refuse_rival
 
 
 refuse_rival()
-for name in ("linear_moe", "ffn_moe", "rank_moe", "shard_pool"):
+for name in ("linear_moe", "ffn_moe", "rank_moe", "shard_pool", "bottleneck_moe"):
     registration.reserve(name)
 
 from moe_peft.adding import add_experts, freeze_experts  # noqa: E402  (the enum members must exist first)
 from moe_peft.allocating import allocate  # noqa: E402
+from moe_peft.bottleneck_config import BottleneckMoeConfig  # noqa: E402
 from moe_peft.callbacks import MoeCallback, install  # noqa: E402
 from moe_peft.catalogue import from_catalogue  # noqa: E402
 from moe_peft.collator import TaskTypeCollator  # noqa: E402
@@ -28,6 +29,7 @@ from moe_peft.rank_config import RankMoeConfig  # noqa: E402
 from moe_peft.router_init import init_routers  # noqa: E402
 from moe_peft.shard_config import ShardPoolConfig  # noqa: E402
 from moe_peft.tuners import base  # noqa: E402
+from moe_peft.tuners.bottleneck_moe import BottleneckMoeModel  # noqa: E402
 from moe_peft.tuners.ffn_moe import FfnMoeModel  # noqa: E402
 from moe_peft.tuners.linear_moe import LinearMoeModel  # noqa: E402
 from moe_peft.tuners.rank_moe import RankMoeModel  # noqa: E402
@@ -40,10 +42,13 @@ registration.register("linear_moe", LinearMoeConfig, LinearMoeModel)
 registration.register("ffn_moe", FfnMoeConfig, FfnMoeModel)
 registration.register("rank_moe", RankMoeConfig, RankMoeModel)
 registration.register("shard_pool", ShardPoolConfig, ShardPoolModel)
+registration.register("bottleneck_moe", BottleneckMoeConfig, BottleneckMoeModel)
 if install not in base.after_injection:
     base.after_injection.append(install)
 
 __all__ = [
+    "BottleneckMoeConfig",
+    "BottleneckMoeModel",
     "ConsistencyLoss",
     "EwaCallback",
     "FfnMoeConfig",

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from moe_peft import FfnMoeConfig, LinearMoeConfig, RankMoeConfig, ShardPoolConfig
+from moe_peft import BottleneckMoeConfig, FfnMoeConfig, LinearMoeConfig, RankMoeConfig, ShardPoolConfig
 
 
 PEFT_VERSION = version("peft")
@@ -193,6 +193,11 @@ RANK_RULES: dict[str, dict[str, Any]] = {
     "ranks by a router": {"r": 8, "top_k": 4},
     "ranks by themselves": {"r": 8, "top_k": 4, "routing": "self_activated", "temperature": 0.3},
 }
+BOTTLENECK_RULES: dict[str, dict[str, Any]] = {
+    "bottleneck": {"domains": ["law"], "gate": "none", "bottleneck_size": 4},
+    "bottlenecks by a gate": {"domains": ["law", "code"], "gate": "sigmoid", "gate_size": 4, "bottleneck_size": 4},
+}
+"""Bottlenecks that a gate of tokens chooses, or nothing. Neither is linear, so that none is merged."""
 SMALL = {"r": 4, "lora_alpha": 4}
 """For tests that take steps at learning rate 0.5 on inputs up to 90."""
 LARGE = {"r": 4, "lora_alpha": 32}
@@ -208,6 +213,8 @@ def is_routed(case: Any) -> bool:
     for value in values:
         if isinstance(value, ShardPoolConfig) or value is ShardPoolConfig:
             return False
+        if isinstance(value, BottleneckMoeConfig) or value is BottleneckMoeConfig:
+            return True
         if isinstance(value, RankMoeConfig):
             experts = value.r
         elif isinstance(value, (LinearMoeConfig, FfnMoeConfig)):
@@ -224,6 +231,8 @@ def _experts(config_kwargs: dict, ranks: bool) -> Any:
 
 
 def _skip_if_routed(model_id: str, config_cls: Any, config_kwargs: dict) -> None:
+    if config_cls is BottleneckMoeConfig:
+        pytest.skip("Bottlenecks have no weight to merge.")
     if config_cls is not ShardPoolConfig and _experts(config_kwargs, config_cls is RankMoeConfig) != 1:
         pytest.skip("A routed adapter has no weight to merge.")
 

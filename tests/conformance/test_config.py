@@ -2,10 +2,10 @@
 
 import pytest
 
-from moe_peft import LinearMoeConfig, RankMoeConfig, ShardPoolConfig
+from moe_peft import BottleneckMoeConfig, LinearMoeConfig, RankMoeConfig, ShardPoolConfig
 
 from . import checkpoints
-from .factory import PER_LAYER, RANK_RULES, RULES, SHARD_RULES, rebuild, upstream
+from .factory import BOTTLENECK_RULES, PER_LAYER, RANK_RULES, RULES, SHARD_RULES, rebuild, upstream
 
 
 # Read by tests that load a LoRA config through another method's class.
@@ -22,6 +22,7 @@ TestPeftConfig = rebuild(
             ),
             *(pytest.param(ShardPoolConfig, kwargs, id=name) for name, kwargs in SHARD_RULES.items()),
             *(pytest.param(RankMoeConfig, kwargs, id=name) for name, kwargs in RANK_RULES.items()),
+            *(pytest.param(BottleneckMoeConfig, kwargs, id=name) for name, kwargs in BOTTLENECK_RULES.items()),
         ],
         "config_class": [
             pytest.param(config_class, id=config_class.__name__)
