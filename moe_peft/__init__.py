@@ -9,11 +9,12 @@ from moe_peft.rival import refuse_rival
 
 
 refuse_rival()
-for name in ("linear_moe", "ffn_moe", "rank_moe", "shard_pool", "domain_moe"):
+for name in ("linear_moe", "ffn_moe", "rank_moe", "shard_pool", "domain_moe", "bottleneck_moe"):
     registration.reserve(name)
 
 from moe_peft.adding import add_experts, freeze_experts  # noqa: E402  (the enum members must exist first)
 from moe_peft.allocating import allocate  # noqa: E402
+from moe_peft.bottleneck_config import BottleneckMoeConfig  # noqa: E402
 from moe_peft.callbacks import MoeCallback, install  # noqa: E402
 from moe_peft.card import describe_adapter  # noqa: E402
 from moe_peft.catalogue import from_catalogue  # noqa: E402
@@ -40,6 +41,7 @@ from moe_peft.routing_control import routing  # noqa: E402
 from moe_peft.self_contrast import SelfContrast  # noqa: E402
 from moe_peft.shard_config import ShardPoolConfig  # noqa: E402
 from moe_peft.tuners import base  # noqa: E402
+from moe_peft.tuners.bottleneck_moe import BottleneckMoeModel  # noqa: E402
 from moe_peft.tuners.domain_moe import DomainMoeModel  # noqa: E402
 from moe_peft.tuners.ffn_moe import FfnMoeModel  # noqa: E402
 from moe_peft.tuners.linear_moe import LinearMoeModel  # noqa: E402
@@ -54,12 +56,15 @@ registration.register("ffn_moe", FfnMoeConfig, FfnMoeModel)
 registration.register("rank_moe", RankMoeConfig, RankMoeModel)
 registration.register("shard_pool", ShardPoolConfig, ShardPoolModel)
 registration.register("domain_moe", DomainMoeConfig, DomainMoeModel)
+registration.register("bottleneck_moe", BottleneckMoeConfig, BottleneckMoeModel)
 if install not in base.after_injection:
     base.after_injection.append(install)
 if describe_adapter not in saving.after_saving:
     saving.after_saving.append(describe_adapter)
 
 __all__ = [
+    "BottleneckMoeConfig",
+    "BottleneckMoeModel",
     "ConsistencyLoss",
     "DomainMoeConfig",
     "DomainMoeModel",

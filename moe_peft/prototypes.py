@@ -76,8 +76,9 @@ def set_prototypes(
         arrow_prototypes(model, adapter_name)
         return
     experts = gate_of_model(model, adapter_name)
-    check_domains(batches or {}, experts.domains)
-    rows = torch.stack([_mean_prompt(model, (batches or {})[name], name) for name in experts.domains])
+    texts = dict(batches or {})
+    check_domains(texts, config.names)
+    rows = torch.stack([_mean_prompt(model, texts[name], name) for name in config.names])
     with torch.no_grad():
         experts.router.copy_(rows)
     experts._ready = True

@@ -605,10 +605,10 @@ def _checked_weights(weights: Any) -> dict[int | str, float]:
 def _checked_domain(domain: Any) -> int | str | tuple[int | str, ...] | None:
     if domain is None or isinstance(domain, str) or (isinstance(domain, int) and not isinstance(domain, bool)):
         return domain
-    listed = isinstance(domain, (list, tuple)) and len(domain) > 0
-    if not listed or any(isinstance(d, bool) or not isinstance(d, (int, str)) for d in domain):
+    entries = domain if isinstance(domain, (list, tuple)) else ()
+    if not entries or any(isinstance(d, bool) or not isinstance(d, (int, str)) for d in entries):
         raise refuse("domain", domain, "a name, or a list with one for each row", "Write 'law' or ['law', 'code'].")
-    return tuple(domain)
+    return tuple(entries)
 
 
 def _checked_top_k(top_k: Any) -> int | None:

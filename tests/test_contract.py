@@ -17,7 +17,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from moe_peft import DomainMoeConfig, FfnMoeConfig, LinearMoeConfig, RankMoeConfig, ShardPoolConfig
+from moe_peft import (
+    BottleneckMoeConfig,
+    DomainMoeConfig,
+    FfnMoeConfig,
+    LinearMoeConfig,
+    RankMoeConfig,
+    ShardPoolConfig,
+)
 from moe_peft.tuners.base import MoeTunerLayer
 
 
@@ -76,11 +83,22 @@ DOMAIN_RULES = {
     "arrow": {**DOMAINS, "gate": "arrow", "top_k": 2},
     "one domain": {"domains": ["law"]},
 }
+BOTTLENECK = {"domains": ["law", "medicine"], "gate_size": 8, "r": 0}
+BOTTLENECK_RULES = {
+    "softmax gate": {"gate": "mlp", "gate_input": "token", "gate_dropout": 0.0},
+    "sigmoid gate": {"gate": "sigmoid"},
+    "without a gate": {"gate": "none", "domains": ["law"], "bottleneck_size": 3},
+    "and a task": {"gate": "sigmoid", "r": 4, "task_modules": TARGETS, "target_modules": ["1.mlp.down_proj"]},
+}
 CASES = [pytest.param(LinearMoeConfig, rule, id=f"LINEAR_MOE-{name}") for name, rule in LINEAR_RULES.items()]
 CASES += [pytest.param(FfnMoeConfig, {**BLOCK, **rule}, id=f"FFN_MOE-{name}") for name, rule in FFN_RULES.items()]
 CASES += [pytest.param(RankMoeConfig, rule, id=f"RANK_MOE-{name}") for name, rule in RANK_RULES.items()]
 CASES += [pytest.param(ShardPoolConfig, rule, id=f"SHARD_POOL-{name}") for name, rule in SHARD_RULES.items()]
 CASES += [pytest.param(DomainMoeConfig, rule, id=f"DOMAIN_MOE-{name}") for name, rule in DOMAIN_RULES.items()]
+CASES += [
+    pytest.param(BottleneckMoeConfig, {**BOTTLENECK, **rule}, id=f"BOTTLENECK_MOE-{name}")
+    for name, rule in BOTTLENECK_RULES.items()
+]
 ONE = {LinearMoeConfig: {"num_experts": 1}, FfnMoeConfig: {"num_experts": 1}, RankMoeConfig: {"r": 1}}  # not routed
 ONE[DomainMoeConfig] = {"domains": ["law"]}
 ROUTED = [case for case in CASES if case.values[1] | ONE.get(case.values[0], {}) != case.values[1]]
@@ -95,7 +113,7 @@ def adapt(model, config_class, rule, name: str = "default", seed: int = 2, **set
     """The model with an adapter that does something, unless `init_weights=True` says otherwise."""
     torch.manual_seed(seed)
     settings = {"r": 4, "lora_alpha": 32, "target_modules": TARGETS, "init_weights": False, **rule, **settings}
-    if config_class is ShardPoolConfig:
+    if config_class in (ShardPoolConfig, BottleneckMoeConfig):
         settings.pop("router_aux_loss_coef", None)
     config = config_class(task_type="CAUSAL_LM", **settings)
     if isinstance(model, PeftModel):
@@ -297,6 +315,7 @@ def test_two_active_adapters_add_up(config_class, rule):
         RankMoeConfig: {"r": 4, "top_k": 2},
         DomainMoeConfig: {"domains": ["one", "two"], "routing": "softmax"},
         ShardPoolConfig: {"equivalent_rank": 1},
+        BottleneckMoeConfig: {**BOTTLENECK, "domains": ["code"], "gate": "none"},
     }[config_class]
     adapt(model, config_class, other, name="second", seed=4)
     for layer in layers_of(model):

@@ -115,8 +115,8 @@ def walk(
             if on_layer is not None:
                 on_layer(index, seconds[-1])
         with resident(-1):
-            figures, tokens = _figures(decoder, held_out, scored, streams)
-    return Measured(done, figures, errors, tokens, seconds)
+            figures, answers = _figures(decoder, held_out, scored, streams)
+    return Measured(done, figures, errors, answers, seconds)
 
 
 def _enter(decoder: Decoder, batches: Sequence[Batch], tokens: str = "answers") -> Stream:

@@ -25,7 +25,14 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from moe_peft import DomainMoeConfig, FfnMoeConfig, LinearMoeConfig, RankMoeConfig, ShardPoolConfig
+from moe_peft import (
+    BottleneckMoeConfig,
+    DomainMoeConfig,
+    FfnMoeConfig,
+    LinearMoeConfig,
+    RankMoeConfig,
+    ShardPoolConfig,
+)
 
 
 PEFT_VERSION = version("peft")
@@ -203,6 +210,11 @@ DOMAIN_RULES: dict[str, dict[str, Any]] = {
         "router_init_std": 0.0,
     },
 }
+BOTTLENECK_RULES: dict[str, dict[str, Any]] = {
+    "bottleneck": {"domains": ["law"], "gate": "none", "bottleneck_size": 4},
+    "bottlenecks by a gate": {"domains": ["law", "code"], "gate": "sigmoid", "gate_size": 4, "bottleneck_size": 4},
+}
+"""Bottlenecks that a gate of tokens chooses, or nothing. Neither is linear, so that none is merged."""
 SMALL = {"r": 4, "lora_alpha": 4}
 """For tests that take steps at learning rate 0.5 on inputs up to 90."""
 LARGE = {"r": 4, "lora_alpha": 32}
@@ -218,6 +230,8 @@ def is_routed(case: Any) -> bool:
     for value in values:
         if isinstance(value, ShardPoolConfig) or value is ShardPoolConfig:
             return False
+        if isinstance(value, BottleneckMoeConfig) or value is BottleneckMoeConfig:
+            return True
         if isinstance(value, RankMoeConfig):
             experts = value.r
         elif isinstance(value, (LinearMoeConfig, FfnMoeConfig, DomainMoeConfig)):
@@ -234,6 +248,8 @@ def _experts(config_kwargs: dict, ranks: bool) -> Any:
 
 
 def _skip_if_routed(model_id: str, config_cls: Any, config_kwargs: dict) -> None:
+    if config_cls is BottleneckMoeConfig:
+        pytest.skip("Bottlenecks have no weight to merge.")
     if config_cls is not ShardPoolConfig and _experts(config_kwargs, config_cls is RankMoeConfig) != 1:
         pytest.skip("A routed adapter has no weight to merge.")
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from moe_peft import DomainMoeConfig, LinearMoeConfig, RankMoeConfig, ShardPoolConfig
+from moe_peft import BottleneckMoeConfig, DomainMoeConfig, LinearMoeConfig, RankMoeConfig, ShardPoolConfig
 
 from . import checkpoints
-from .factory import DOMAIN_RULES, PER_LAYER, RANK_RULES, RULES, SHARD_RULES, rebuild, upstream
+from .factory import BOTTLENECK_RULES, DOMAIN_RULES, PER_LAYER, RANK_RULES, RULES, SHARD_RULES, rebuild, upstream
 
 
 # Read by tests that load a LoRA config through another method's class.
@@ -23,6 +23,7 @@ TestPeftConfig = rebuild(
             *(pytest.param(ShardPoolConfig, kwargs, id=name) for name, kwargs in SHARD_RULES.items()),
             *(pytest.param(DomainMoeConfig, kwargs, id=name) for name, kwargs in DOMAIN_RULES.items()),
             *(pytest.param(RankMoeConfig, kwargs, id=name) for name, kwargs in RANK_RULES.items()),
+            *(pytest.param(BottleneckMoeConfig, kwargs, id=name) for name, kwargs in BOTTLENECK_RULES.items()),
         ],
         "config_class": [
             pytest.param(config_class, id=config_class.__name__)

@@ -4,15 +4,18 @@ import re
 
 import pytest
 
-from moe_peft import DomainMoeConfig, LinearMoeConfig, RankMoeConfig, ShardPoolConfig
+from moe_peft import BottleneckMoeConfig, DomainMoeConfig, LinearMoeConfig, RankMoeConfig, ShardPoolConfig
 
-from .factory import DOMAIN_RULES, RANK_RULES, RULES, SHARD_RULES, SMALL, rebuild
+from .factory import BOTTLENECK_RULES, DOMAIN_RULES, RANK_RULES, RULES, SHARD_RULES, SMALL, rebuild
 
 
 KINDS = [(LinearMoeConfig, "linear_moe", rule, settings) for rule, settings in RULES.items()]
 KINDS += [(ShardPoolConfig, "shard_pool", rule, settings) for rule, settings in SHARD_RULES.items()]
 KINDS += [(DomainMoeConfig, "domain_moe", rule, settings) for rule, settings in DOMAIN_RULES.items()]
 KINDS += [(RankMoeConfig, "rank_moe", rule, settings) for rule, settings in RANK_RULES.items()]
+KINDS += [
+    (BottleneckMoeConfig, "bottleneck_moe", rule, {**settings, "r": 0}) for rule, settings in BOTTLENECK_RULES.items()
+]
 
 
 def _cases() -> list:
@@ -33,7 +36,8 @@ def _cases() -> list:
         pytest.param(f"{rule} {target}", model, config_class, {**kwargs, **SMALL, **settings}, id=f"{rule}-{target}")
         for config_class, _, rule, settings in KINDS
         for target, (model, kwargs) in targets.items()
-        if rule in ("one expert", "top-k", "pools", "one rank", "ranks by a router", "domains")
+        if rule
+        in ("one expert", "top-k", "pools", "one rank", "ranks by a router", "domains", "bottlenecks by a gate")
         or target in ("first", "Conv1D", "and a saved module")
     ]
 
@@ -79,7 +83,7 @@ def _mixed(first: dict, second: dict) -> list:
 
 def _other_r(config_cls: type, settings: dict, r: int) -> dict:
     """For the second of two adapters: another rank, but where the rank says how many experts there are."""
-    return {"r": settings["r"]} if config_cls is RankMoeConfig else {"r": r}
+    return {"r": settings["r"]} if config_cls in (RankMoeConfig, BottleneckMoeConfig) else {"r": r}
 
 
 def _check_requires_grad(self, model, *expected: str) -> None:

@@ -2,10 +2,18 @@
 
 import pytest
 
-from moe_peft import DomainMoeConfig, FfnMoeConfig, LinearMoeConfig, RankMoeConfig, ShardPoolConfig
+from moe_peft import (
+    BottleneckMoeConfig,
+    DomainMoeConfig,
+    FfnMoeConfig,
+    LinearMoeConfig,
+    RankMoeConfig,
+    ShardPoolConfig,
+)
 
 from . import checkpoints
 from .factory import (
+    BOTTLENECK_RULES,
     DOMAIN_RULES,
     FFN_RULES,
     JOINED,
@@ -36,6 +44,10 @@ CASES = [
     *(pytest.param(ShardPoolConfig, {**CAUSAL, **SHARD_RULES[name]}, id=name) for name in ("own", "splits")),
     *(pytest.param(DomainMoeConfig, {**CAUSAL, **kwargs}, id=name) for name, kwargs in DOMAIN_RULES.items()),
     *(pytest.param(RankMoeConfig, {**CAUSAL, **kwargs}, id=name) for name, kwargs in RANK_RULES.items()),
+    *(
+        pytest.param(BottleneckMoeConfig, {**CAUSAL, **kwargs, "r": 0}, id=name)
+        for name, kwargs in BOTTLENECK_RULES.items()
+    ),
 ]
 POOLS = pytest.param(ShardPoolConfig, {**CAUSAL, **JOINED}, id="pools")
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from moe_peft import DomainMoeConfig, LinearMoeConfig, RankMoeConfig, ShardPoolConfig
+from moe_peft import BottleneckMoeConfig, DomainMoeConfig, LinearMoeConfig, RankMoeConfig, ShardPoolConfig
 
 from . import checkpoints
-from .factory import DOMAIN_RULES, JOINED, LARGE, RANK_RULES, RULES, SHARD_RULES, rebuild, upstream
+from .factory import BOTTLENECK_RULES, DOMAIN_RULES, JOINED, LARGE, RANK_RULES, RULES, SHARD_RULES, rebuild, upstream
 
 
 pytest.importorskip("bitsandbytes")
@@ -36,6 +36,10 @@ TestQuantization = rebuild(
             ),
             *(pytest.param(DomainMoeConfig, {**QV, **kwargs}, id=name) for name, kwargs in DOMAIN_RULES.items()),
             *(pytest.param(RankMoeConfig, {**QV, **kwargs}, id=name) for name, kwargs in RANK_RULES.items()),
+            *(
+                pytest.param(BottleneckMoeConfig, {**QV, **kwargs, "r": 0}, id=name)
+                for name, kwargs in BOTTLENECK_RULES.items()
+            ),
         ],
     },
     # One test evaluates the base first, on purpose.

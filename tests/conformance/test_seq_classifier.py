@@ -2,10 +2,10 @@
 
 import pytest
 
-from moe_peft import LinearMoeConfig, RankMoeConfig, ShardPoolConfig
+from moe_peft import BottleneckMoeConfig, LinearMoeConfig, RankMoeConfig, ShardPoolConfig
 
 from . import checkpoints
-from .factory import JOINED, LARGE, PER_LAYER, RANK_RULES, RULES, SHARD_RULES, rebuild
+from .factory import BOTTLENECK_RULES, JOINED, LARGE, PER_LAYER, RANK_RULES, RULES, SHARD_RULES, rebuild
 
 
 CLASSIFY = {"task_type": "SEQ_CLS", "target_modules": None, **LARGE}
@@ -23,6 +23,10 @@ TestSequenceClassificationModels = rebuild(
                 for name, kwargs in {**SHARD_RULES, "pools": JOINED}.items()
             ),
             *(pytest.param(RankMoeConfig, {**CLASSIFY, **kwargs}, id=name) for name, kwargs in RANK_RULES.items()),
+            *(
+                pytest.param(BottleneckMoeConfig, {**CLASSIFY, **kwargs}, id=name)
+                for name, kwargs in BOTTLENECK_RULES.items()
+            ),
         ],
     },
 )
