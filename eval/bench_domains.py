@@ -87,7 +87,7 @@ def layer_contenders(case: Case) -> dict[str, Step]:
         holder.q_proj = base
         layer = inject_adapter_in_model(config, holder).q_proj.to(DTYPES[case.dtype])
         if case.kind == "decode" and hasattr(layer, "context"):
-            layer.context.one_call().__enter__()  # as within `generate`
+            layer.context.kept = {}  # as within `generate`
         steps[name] = layer_step(case, layer.train(case.kind == "train"), trained(layer, DTYPES[case.dtype]))
     steps[XLORA] = xlora_layer(case, base)
     return steps

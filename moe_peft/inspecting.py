@@ -10,6 +10,8 @@ from transformers import AutoConfig
 from moe_peft.agreement import Agreement
 from moe_peft.budget import count_parameters, equal_budget_lora, meta_backbone
 from moe_peft.config import MoeConfig
+from moe_peft.domain_config import DomainMoeConfig
+from moe_peft.errors import refuse
 from moe_peft.loaded import batches_of, load_adapter
 from moe_peft.merge import Factors, routed_layers
 from moe_peft.report import health_table, heat_map, routing_report, verdict
@@ -83,6 +85,10 @@ def _rows(config: MoeConfig | ShardPoolConfig) -> list[tuple[str, str]]:
             rows.append(("splits", f"{config.num_splits}, of {config.split_factors}"))
         return rows
     visited = f"top {config.top_k}" if config.top_k else ""
+    if isinstance(config, DomainMoeConfig):
+        ranks = config.domain_ranks or [config.r] * len(config.names)
+        named = ", ".join(f"{name} (rank {r})" for name, r in zip(config.names, ranks, strict=True))
+        return [("domains", named), ("gate", f"{config.gate} {visited}; learns from {config.gate_training}")]
     return [
         ("experts", f"{config.num_experts} of rank {config.r}, {config.num_shared_experts} shared"),
         ("routing", f"{config.routing} {visited}; balance {config.balance}"),

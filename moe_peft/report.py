@@ -44,16 +44,19 @@ class RoutingReport(NamedTuple):
         domains: the names given, in order.
         counts: layer name -> slots by domain and expert, `[D][E]`.
         health: layer name -> [`RouterHealth`].
+        experts: the names of the choices, where they have any: the domains of named experts, then "null".
     """
 
     domains: list[str]
     counts: dict[str, list[list[float]]]
     health: dict[str, RouterHealth]
+    experts: list[str] | None = None
 
     def save(self, path: Path) -> None:
         """Write as JSON, in place of whatever was there, in one step."""
         content = {
             "domains": self.domains,
+            **({"experts": self.experts} if self.experts else {}),
             "layers": {
                 name: {**health._asdict(), "counts": self.counts[name]} for name, health in self.health.items()
             },
@@ -123,7 +126,13 @@ def routing_report(
         model.train(was_training)
     tables = {name: torch.stack(rows) for name, rows in counts.items()}
     health = {name: _health(table, torch.stack(entropy[name]).sum(0)) for name, table in tables.items()}
-    return RoutingReport(list(batches), {name: table.tolist() for name, table in tables.items()}, health)
+    counted = {name: table.tolist() for name, table in tables.items()}
+    return RoutingReport(list(batches), counted, health, _names(next(iter(experts.values()))))
+
+
+def _names(experts: Any) -> list[str] | None:
+    domains = getattr(experts, "domains", None)
+    return None if domains is None else [*domains, *["null"] * (experts.num_experts - len(domains))]
 
 
 def _predicting(batch: dict[str, Any], domain: str) -> Tensor:
@@ -178,7 +187,8 @@ def health_table(report: RoutingReport) -> Table:
     """One row per router, for a terminal."""
     table = Table(
         title="Routers, layer by layer",
-        caption="load: share of each expert, in percent; busiest: 1 is even; domain: how far the expert tells it",
+        caption="load: share of each expert, in percent; busiest: 1 is even; domain: how far the expert tells it"
+        + (f"; experts: {', '.join(report.experts)}" if report.experts else ""),
     )
     table.add_column("layer", no_wrap=True)
     table.add_column("load", justify="right", no_wrap=True)
@@ -258,7 +268,9 @@ def _draw_domains(figure: Any, axes: Any, report: RoutingReport, layer: str) -> 
     _, chosen = linear_sum_assignment(-share.numpy())
     order = [*chosen.tolist(), *(e for e in range(share.shape[1]) if e not in set(chosen.tolist()))]
     image = axes.imshow(share[:, order], cmap="viridis", vmin=0, aspect="auto")
-    axes.set_xticks(range(len(order)), [f"E{expert}" for expert in order])
+    axes.set_xticks(
+        range(len(order)), [report.experts[expert] if report.experts else f"E{expert}" for expert in order]
+    )
     axes.set_yticks(range(len(report.domains)), report.domains)
     axes.set_xlabel("expert (ordered so that a domain's own expert is on the diagonal)")
     axes.set_ylabel("domain")

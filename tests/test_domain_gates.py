@@ -9,8 +9,9 @@ from test_domain_moe import DOMAINS, EXACT, LORAS, adapted, layers_of, logits, m
 import moe_peft
 from moe_peft import DomainMoeConfig, from_loras, set_null_threshold, set_prototypes
 from moe_peft.balance_terms import label_gradient, label_loss
+from moe_peft.inspecting import _rows
 from moe_peft.prototypes import gate_of_model, prompt_pools, separating, top_right_singular_vector
-from moe_peft.report import routing_report
+from moe_peft.report import health_table, routing_report
 from moe_peft.routing import dense_weights
 
 
@@ -413,3 +414,14 @@ def test_the_quantile_of_known_prompts_falls_to_the_frozen_model(tokens):
 def test_set_null_threshold_refuses(tokens, call, match):
     with pytest.raises(ValueError, match=match):
         call({"input_ids": tokens})
+
+
+def test_reports_name_the_experts(tokens, tmp_path):
+    model = gate_model()
+    report = routing_report(model, {"one": [{"input_ids": tokens[:1]}], "two": [{"input_ids": tokens[1:]}]})
+    assert report.experts == [*DOMAINS, "null"]
+    report.save(tmp_path / "routing.json")
+    assert '"medicine"' in (tmp_path / "routing.json").read_text()
+    assert "law, medicine, code, null" in health_table(report).caption
+    rows = dict(_rows(model.peft_config["default"]))
+    assert rows["domains"] == "law (rank 3), medicine (rank 3), code (rank 3)"

@@ -90,7 +90,7 @@ def test_ranks_and_layers_are_those_of_the_loras(bank):
     config = model.peft_config["default"]
     assert (config.domains, config.domain_ranks) == (DOMAINS, [2, 5, 4])
     assert config.target_modules == {"q_proj", "v_proj", "up_proj", "down_proj"}
-    ranks = {name: m.r["default"] for name, m in model.named_modules() if isinstance(m, DomainMoeLinear)}
+    ranks = {name: m.experts("default").ranks for name, m in model.named_modules() if isinstance(m, DomainMoeLinear)}
     prefix = "base_model.model.model.layers."
     assert ranks[f"{prefix}0.self_attn.q_proj"] == [2, 5, 0]
     assert ranks[f"{prefix}1.self_attn.q_proj"] == [2, 5, 4]

@@ -30,7 +30,7 @@ class DomainMoeLinear(MoeTunerLayer):
     def __init__(self, base_layer: nn.Module, context: RoutingContext, quantization: dict[str, Any]) -> None:
         super().__init__(base_layer, context, quantization)
         self.domain_moe_experts = nn.ModuleDict()
-        self.r: dict[str, list[int]] = {}
+        self.r: dict[str, int] = {}  # the largest; `experts.ranks` has that of each domain
         self.scaling: dict[str, float] = {}
         self.units: dict[str, RouterUnit] = {}  # by adapter, where the model has one gate
 
@@ -39,7 +39,7 @@ class DomainMoeLinear(MoeTunerLayer):
         here, d_router = self._joins(adapter_name, config)
         experts = DomainExperts(config, self.in_features, self.out_features, r, d_router, here)
         self.domain_moe_experts[adapter_name] = experts
-        self.r[adapter_name], self.scaling[adapter_name] = list(r), experts.scaling
+        self.r[adapter_name], self.scaling[adapter_name] = max(r), experts.scaling
         self.context.wants_prompt |= experts.by_sequence
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
