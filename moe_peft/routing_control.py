@@ -166,9 +166,7 @@ def seeing(model: nn.Module, see: See) -> Iterator[None]:
 @contextmanager
 def _asking(block: Asked, model: nn.Module | None) -> Iterator[None]:
     outer = _standing.get()
-    standing = Standing(
-        (*(() if outer is None else outer.blocks), block), 0 if outer is None else outer.rows
-    )
+    standing = Standing((*(() if outer is None else outer.blocks), block), 0 if outer is None else outer.rows)
     if model is not None:
         work_out(standing, model)
     token = _enter(standing)
@@ -525,7 +523,9 @@ def _check_room(
         others = {"force": asked.force, "weights": asked.weights, "top_k": asked.top_k, "gate_floor": asked.gate_floor}
         for field, value in others.items():
             if value:
-                raise refuse(field, value, "left out with `domain`, which has chosen", f"Remove `{field}` or `domain`.")
+                raise refuse(
+                    field, value, "left out with `domain`, which has chosen", f"Remove `{field}` or `domain`."
+                )
     if not forced:
         return
     if _has_slots(router) or router.top_k == 1:
@@ -605,10 +605,10 @@ def _checked_weights(weights: Any) -> dict[int | str, float]:
 def _checked_domain(domain: Any) -> int | str | tuple[int | str, ...] | None:
     if domain is None or isinstance(domain, str) or (isinstance(domain, int) and not isinstance(domain, bool)):
         return domain
-    listed = isinstance(domain, (list, tuple)) and len(domain) > 0
-    if not listed or any(isinstance(d, bool) or not isinstance(d, (int, str)) for d in domain):
+    names = domain if isinstance(domain, (list, tuple)) else ()
+    if not names or any(isinstance(d, bool) or not isinstance(d, (int, str)) for d in names):
         raise refuse("domain", domain, "a name, or a list with one for each row", "Write 'law' or ['law', 'code'].")
-    return tuple(domain)
+    return tuple(names)
 
 
 def _checked_top_k(top_k: Any) -> int | None:
@@ -620,7 +620,9 @@ def _checked_top_k(top_k: Any) -> int | None:
 def _checked_floor(floor: Any) -> float | None:
     number = isinstance(floor, (int, float)) and not isinstance(floor, bool)
     if floor is not None and not (number and 0 <= floor <= 1):
-        raise refuse("gate_floor", floor, "a number from 0 to 1", "0.2 drops experts below a fifth of the largest weight.")
+        raise refuse(
+            "gate_floor", floor, "a number from 0 to 1", "0.2 drops experts below a fifth of the largest weight."
+        )
     return floor
 
 
@@ -628,7 +630,9 @@ def _as_list(domain: Any) -> list[int | str]:
     return [domain] if isinstance(domain, (int, str)) else list(domain)
 
 
-def _joined(a: Mapping[str, Sequence[int | str]], b: Mapping[str, Sequence[int | str]]) -> dict[str, Sequence[int | str]]:
+def _joined(
+    a: Mapping[str, Sequence[int | str]], b: Mapping[str, Sequence[int | str]]
+) -> dict[str, Sequence[int | str]]:
     return {layer: [*a.get(layer, ()), *b.get(layer, ())] for layer in {**a, **b}}
 
 

@@ -70,7 +70,7 @@ def naive(name, logits, top_k, disable=(), force=(), ablate=(), weights=None, fl
         dropped = {e: 0.0 if w < floor * most and e not in force else w for e, w in result.items()}
         result = {e: w * before / sum(dropped.values()) for e, w in dropped.items()}
     result.update(weights)
-    result.update({e: 0.0 for e in ablate})
+    result.update(dict.fromkeys(ablate, 0.0))
     return [result.get(e, 0.0) for e in range(N)]
 
 
