@@ -605,10 +605,10 @@ def _checked_weights(weights: Any) -> dict[int | str, float]:
 def _checked_domain(domain: Any) -> int | str | tuple[int | str, ...] | None:
     if domain is None or isinstance(domain, str) or (isinstance(domain, int) and not isinstance(domain, bool)):
         return domain
-    entries = domain if isinstance(domain, (list, tuple)) else ()
-    if not entries or any(isinstance(d, bool) or not isinstance(d, (int, str)) for d in entries):
+    names = domain if isinstance(domain, (list, tuple)) else ()
+    if not names or any(isinstance(d, bool) or not isinstance(d, (int, str)) for d in names):
         raise refuse("domain", domain, "a name, or a list with one for each row", "Write 'law' or ['law', 'code'].")
-    return tuple(entries)
+    return tuple(names)
 
 
 def _checked_top_k(top_k: Any) -> int | None:

@@ -295,6 +295,18 @@ class LinearMoeLinear(MoeTunerLayer):
         experts = self.experts(adapter_name)
         return experts.num_experts == 1 or experts.routing == "random"
 
+    def expert_factors(self, adapter_name: str) -> dict[str, tuple[Tensor, Tensor]]:
+        """Expert -> the one LoRA that it is: A `[r, d_in]` and B `[r, d_out]`, all scales in B, with the shared experts,
+        which every token gets, stacked below its own ranks."""
+        experts = self.experts(adapter_name)
+        A, B = experts.stacked()
+        A, B = (rows.view(len(experts.lora_B), experts.r, -1) for rows in (A, B))
+        first = experts.num_routed
+        return {
+            name: (torch.cat((A[e], *A[first:])), torch.cat((B[e], *B[first:])))
+            for e, name in enumerate(self.expert_names(adapter_name))
+        }
+
     def static_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """As for a plain LoRA; under "random" the experts' mean, which is what it computes in use."""
         experts = self.experts(adapter_name)

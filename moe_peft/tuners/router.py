@@ -217,7 +217,8 @@ class Router(nn.Module):
             logits = self._of_sequence(logits, context, rows)
         asked = override_of(self, context) if context.controlled else None
         if self.expert_groups is not None:
-            logits = only_allowed(logits, self.expert_groups, self._types(logits.shape[0], context, rows, asked))
+            types = self._asked_types(logits.shape[0], context, rows, asked)
+            logits = only_allowed(logits, self.expert_groups, types)
         rule, top_k = self.current_rule(), self.slots(context)
         if asked is not None:
             return self._by_hand(logits, top_k, rule, asked, context, rows)
@@ -260,11 +261,15 @@ class Router(nn.Module):
             context.pin(id(self), pinned)
         return pinned.unsqueeze(1).expand_as(tokens).reshape(logits.shape)
 
-    def _types(self, tokens: int, context: RoutingContext, rows: int, asked: Any = None) -> Tensor:
+    def _types(self, tokens: int, context: RoutingContext, rows: int) -> Tensor:
         assert self.expert_groups is not None
-        if asked is not None and asked[0].domains is not None:
-            return rows_of_domains(asked[0].domains, tokens, rows or context.rows).to(self.expert_groups.device)
         return context.types_of_tokens(tokens, len(self.expert_groups), rows)
+
+    def _asked_types(self, tokens: int, context: RoutingContext, rows: int, asked: Any) -> Tensor:
+        """The types of the tokens: by hand, or those of the samples."""
+        if asked is None or asked[0].domains is None:
+            return self._types(tokens, context, rows)
+        return rows_of_domains(asked[0].domains, tokens, rows or context.rows)
 
     def routed_without_logits(
         self, tokens: int, like: Tensor, context: RoutingContext, rows: int | None = None
@@ -290,7 +295,7 @@ class Router(nn.Module):
             types = torch.zeros(tokens, dtype=torch.long, device=like.device)
             groups = torch.ones(1, self.num_experts, dtype=torch.bool, device=like.device)
         else:
-            types = self._types(tokens, context, rows, asked).to(like.device)
+            types = self._asked_types(tokens, context, rows, asked).to(like.device)
         if override.disabled is not None:
             groups = groups & ~override.disabled
         if override.forced is not None:
