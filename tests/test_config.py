@@ -155,7 +155,12 @@ OTHER_VALUES = {
     "router_z_loss_coef": 0.01,
     "router_entropy_coef": 0.01,
 }
-OTHER_VALUES_OF_LINEAR = {"share_A": True, "num_constant_experts": 2, "router_scope": "block"}
+OTHER_VALUES_OF_LINEAR = {
+    "share_A": True,
+    "num_constant_experts": 2,
+    "router_scope": "block",
+    "num_distinct_experts": [2, 3],
+}
 NEEDS = {
     "layers_pattern": {"layers_to_transform": [0]},
     "norm_topk_prob": {"routing": "top_k"},
