@@ -40,6 +40,13 @@ def test_sections_are_put_in_order_and_replaced_in_place():
     assert "settings" not in again
 
 
+def test_a_lonely_mark_before_a_section_takes_no_text_with_it():
+    block = with_sections("", {"method": "A"})
+    text = with_sections(f"<!-- moe_peft: method (x) -->\n{MINE}\n{block}", {"method": "B"})
+    assert MINE in text
+    assert "B" in text.replace(MINE, "")
+
+
 @pytest.mark.parametrize("lost", ["<!-- /moe_peft: method -->", "<!-- moe_peft: method ("])
 def test_a_mark_that_somebody_removed_takes_no_text_with_it(lost):
     text = with_sections("", {"method": "A", "merge": "B"}).replace(lost, MINE, 1)
