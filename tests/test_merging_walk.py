@@ -209,11 +209,11 @@ def test_truncation_loses_least_on_the_text():
 def test_the_ridge_leads_from_least_squares_to_the_prior():
     torch.manual_seed(0)
     x, u, prior = torch.randn(300, 5), torch.randn(300, 3), torch.randn(3, 5)
-    gram, cross = Gram(5, x.device), Cross(3, 5, x.device)
-    for part in (slice(0, 100), slice(100, 300)):
-        gram.add(x[part])
-        cross.add(u[part], x[part])
     for alpha, wanted in ((1e-12, torch.linalg.lstsq(x, u).solution.T), (1e9, prior)):
+        gram, cross = Gram(5, x.device), Cross(3, 5, x.device)
+        for part in (slice(0, 100), slice(100, 300)):
+            gram.add(x[part])
+            cross.add(u[part], x[part])
         L, ridge = gram.root(alpha)
         M = least_squares(cross, gram.tokens, prior, L, ridge)
         torch.testing.assert_close(M.float(), wanted, rtol=1e-3, atol=1e-4)
