@@ -1,5 +1,7 @@
 """Merging layer by layer: the walk is the model, the fit is least squares, and both say what is lost."""
 
+import contextlib
+
 import pytest
 import torch
 from conftest import make_tiny_llama
@@ -251,3 +253,22 @@ def test_an_adapter_outside_the_stack_is_refused():
     )
     with pytest.raises(ValueError, match="'lm_head' outside of the stack of decoder layers"):
         Decoder(model)
+
+
+def test_a_layer_is_fitted_to_what_the_merged_layers_before_it_let_through():
+    """Sequential: the second layer's factors are those on the first one's merged output, and not on its routed output."""
+    model, batches, fit = adapted("linears"), text(6), Fit("ls", 1e-3, None)
+    decoder = Decoder(model)
+    found = walk(decoder, batches[:1], None, batches, fit, tokens="answers").factors
+    first = {name: found[name] for name in decoder.adapted[0]}
+    fitted = {}
+    with torch.no_grad(), decoder.reading():
+        for way in ("merged", "routed"):
+            stream = _enter(decoder, batches)
+            with decoder.without(0, first) if way == "merged" else contextlib.nullcontext():
+                stream.hidden = list(stream.outputs(decoder, 0))
+            fitted[way] = fit_layer(decoder, 1, stream, *fit)
+    for name, f in fitted["merged"].items():
+        product, routed = found[name].B @ found[name].A, fitted["routed"][name].B @ fitted["routed"][name].A
+        torch.testing.assert_close(f.B @ f.A, product, rtol=1e-4, atol=1e-5)
+        assert (product - routed).norm() > 0.01 * product.norm()
