@@ -63,8 +63,8 @@ def test_methods_that_train_end_to_end_want_the_whole_model(folder):
 MEASURE = """
 import contextlib, gc, json, sys
 import torch
-torch.set_num_threads(1)
-dtype = torch.float32 if sys.argv[1] == "small" else torch.bfloat16
+torch.set_num_threads(1 if sys.argv[1] == "small" else 2)
+dtype = torch.float32  # on most CPUs many times as fast as bf16; states are twice as large
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from peft import get_peft_model
@@ -137,8 +137,8 @@ def test_a_merge_stays_within_the_memory_that_it_names():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the process's memory from /proc")
 def test_two_layers_of_8b_shape_stay_under_6_gib():
-    found = measured("large", [4096, 14336, 32, 8, 8, 256], 3000)
-    print(found)
-    assert found["extra"] <= min(found["said"] + 2**28, 6 * 2**30)
+    found = measured("large", [4096, 14336, 32, 8, 4, 256], 3000)
+    assert found["extra"] <= min(found["said"] + 2**28, 6 * 2**30), found
