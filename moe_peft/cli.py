@@ -195,7 +195,9 @@ def merge(
         str | None, typer.Option(help="With --dense: float32, bfloat16 or float16; auto is the base's.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="The backbone, if not the one that the adapter names.")] = None,
-    load_in: Annotated[str, typer.Option(help="4bit, 8bit or none.")] = "4bit",
+    load_in: Annotated[
+        str, typer.Option(help="4bit, 8bit or none; layers reads them from disk one by one, for ls and usage.")
+    ] = "4bit",
 ) -> None:
     """One plain LoRA, or dense weights, in place of an adapter: exact if it does not route, else what it loses is measured."""
     from moe_peft.card import describe_output

@@ -11,7 +11,6 @@ from moe_peft.agreement import Agreement
 from moe_peft.budget import count_parameters, equal_budget_lora, meta_backbone
 from moe_peft.config import MoeConfig
 from moe_peft.domain_config import DomainMoeConfig
-from moe_peft.errors import refuse
 from moe_peft.loaded import batches_of, load_adapter
 from moe_peft.merge import Factors, routed_layers
 from moe_peft.report import health_table, heat_map, routing_report, verdict

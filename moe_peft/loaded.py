@@ -27,6 +27,19 @@ def load_adapter(folder: str, model: str | None = None, load_in: str = "4bit") -
     Raises:
         ValueError: if there is no adapter, no backbone or no tokenizer, in words.
     """
+    named, tokenizer = adapters_backbone(folder, model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    backbone = load_backbone(named, load_in, device, dtype=dtype)
+    return PeftModel.from_pretrained(backbone, folder).eval(), tokenizer
+
+
+def adapters_backbone(folder: str, model: str | None = None) -> tuple[str, Any]:
+    """The backbone's name and the tokenizer, with nothing loaded yet.
+
+    Raises:
+        ValueError: as `load_adapter`.
+    """
     path = Path(folder).expanduser()
     if not (path / CONFIG_FILE).is_file() and (
         path.exists() or folder.count("/") != 1 or folder.startswith((".", "/"))
@@ -37,12 +50,8 @@ def load_adapter(folder: str, model: str | None = None, load_in: str = "4bit") -
         )
     config = PeftConfig.from_pretrained(folder)
     named = model or backbone_named(config.base_model_name_or_path)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     own_tokenizer = folder if (path / "tokenizer_config.json").is_file() else None
-    tokenizer = load_tokenizer(named, own_tokenizer)
-    backbone = load_backbone(named, load_in, device, dtype=dtype)
-    return PeftModel.from_pretrained(backbone, folder).eval(), tokenizer
+    return named, load_tokenizer(named, own_tokenizer)
 
 
 def backbone_named(base_model_name_or_path: str | None) -> str:

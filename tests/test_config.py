@@ -170,6 +170,7 @@ NEEDS = {
     "top_k_start": {"schedule_steps": 10},
     "router_temperature_start": {"schedule_steps": 10},
     "target_active": {"balance": "bias", "num_null_experts": 2},
+    "bias_update_speed": {"balance": "bias"},
 }
 
 
@@ -548,3 +549,16 @@ def test_a_model_without_default_targets_is_told_so():
 def test_the_default_targets_are_those_of_lora():
     model = get_peft_model(make_tiny_llama(), LinearMoeConfig())
     assert {name.rsplit(".", 1)[1] for name in model.targeted_module_names} == {"q_proj", "v_proj"}
+
+
+def test_settings_of_a_balance_that_is_not_there_are_refused():
+    for balance, why in (("none", "nothing to weigh"), ("bias", "no loss")):
+        with pytest.raises(
+            ValueError, match=rf"`router_aux_loss_coef` is 0.01, but must be left out .*{balance}.*{why}"
+        ):
+            LinearMoeConfig(balance=balance, router_aux_loss_coef=0.01)
+        LinearMoeConfig(balance=balance, router_aux_loss_coef=0.0)  # says the same as the balance does
+    with pytest.raises(
+        ValueError, match=r"`bias_update_speed` is 0.1, but must be left out .*'switch'.*set `balance`"
+    ):
+        LinearMoeConfig(bias_update_speed=0.1)

@@ -1,5 +1,7 @@
 """Merging layer by layer: the walk is the model, the fit is least squares, and both say what is lost."""
 
+import contextlib
+
 import pytest
 import torch
 from conftest import make_tiny_llama
@@ -209,11 +211,11 @@ def test_truncation_loses_least_on_the_text():
 def test_the_ridge_leads_from_least_squares_to_the_prior():
     torch.manual_seed(0)
     x, u, prior = torch.randn(300, 5), torch.randn(300, 3), torch.randn(3, 5)
-    gram, cross = Gram(5, x.device), Cross(3, 5, x.device)
-    for part in (slice(0, 100), slice(100, 300)):
-        gram.add(x[part])
-        cross.add(u[part], x[part])
     for alpha, wanted in ((1e-12, torch.linalg.lstsq(x, u).solution.T), (1e9, prior)):
+        gram, cross = Gram(5, x.device), Cross(3, 5, x.device)
+        for part in (slice(0, 100), slice(100, 300)):
+            gram.add(x[part])
+            cross.add(u[part], x[part])
         L, ridge = gram.root(alpha)
         M = least_squares(cross, gram.tokens, prior, L, ridge)
         torch.testing.assert_close(M.float(), wanted, rtol=1e-3, atol=1e-4)
@@ -251,3 +253,22 @@ def test_an_adapter_outside_the_stack_is_refused():
     )
     with pytest.raises(ValueError, match="'lm_head' outside of the stack of decoder layers"):
         Decoder(model)
+
+
+def test_a_layer_is_fitted_to_what_the_merged_layers_before_it_let_through():
+    """Sequential: the second layer's factors are those on the first one's merged output, and not on its routed output."""
+    model, batches, fit = adapted("linears"), text(6), Fit("ls", 1e-3, None)
+    decoder = Decoder(model)
+    found = walk(decoder, batches[:1], None, batches, fit, tokens="answers").factors
+    first = {name: found[name] for name in decoder.adapted[0]}
+    fitted = {}
+    with torch.no_grad(), decoder.reading():
+        for way in ("merged", "routed"):
+            stream = _enter(decoder, batches)
+            with decoder.without(0, first) if way == "merged" else contextlib.nullcontext():
+                stream.hidden = list(stream.outputs(decoder, 0))
+            fitted[way] = fit_layer(decoder, 1, stream, *fit)
+    for name, f in fitted["merged"].items():
+        product, routed = found[name].B @ found[name].A, fitted["routed"][name].B @ fitted["routed"][name].A
+        torch.testing.assert_close(f.B @ f.A, product, rtol=1e-4, atol=1e-5)
+        assert (product - routed).norm() > 0.01 * product.norm()

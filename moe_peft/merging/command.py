@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -14,15 +15,16 @@ from rich.progress import Progress as Bar
 from moe_peft.backbone import model_path
 from moe_peft.errors import refuse
 from moe_peft.export.writer import check_is_free, remove_abandoned, whole_folder
-from moe_peft.loaded import backbone_named, load_adapter
+from moe_peft.loaded import adapters_backbone, backbone_named, load_adapter
 from moe_peft.merge import Factors
 from moe_peft.merging.decoder import Decoder
 from moe_peft.merging.dense import DensePlan, advice
+from moe_peft.merging.lazy import LazyModel
 from moe_peft.merging.methods import Merged, Progress, check_settings, merge_static, total_rank
 from moe_peft.merging.recovery import STEPS
 from moe_peft.merging.table import error_plot, kept, merge_table
 from moe_peft.merging.text import Text, random_text, read_text, scored_text
-from moe_peft.merging.walk import RIDGES
+from moe_peft.merging.walk import RIDGES, Resident
 from moe_peft.merging.writing import (
     LARGEST_RANK,
     PLOT_FILE,
@@ -34,6 +36,10 @@ from moe_peft.merging.writing import (
 )
 from moe_peft.plain_lora import is_plain, lora_factors
 from moe_peft.tuners.ffn_moe import FfnMoeLinear
+
+
+ENOUGH = 30
+"""Tokens for each input of a linear beyond which more text changes little (export.md B.2)."""
 
 
 class Options(NamedTuple):
@@ -67,7 +73,7 @@ def merge_adapter(console: Console, options: Options) -> None:
     _check(options)
     check_record(options.adapter)
     before = fingerprint(options.adapter)
-    model, tokenizer = load_adapter(options.adapter, options.model, options.load_in)
+    model, tokenizer, resident = _load(options)
     base = options.model or backbone_named(model.peft_config["default"].base_model_name_or_path)
     plan = _plan(options, base)
     if is_plain(model):
@@ -83,10 +89,18 @@ def merge_adapter(console: Console, options: Options) -> None:
         where = "" if domain == "all" else f", domain {domain}"
         with _bars(console, len(Decoder(model)), method, options.steps, f"{method}{where}") as progress:
             tokens = "answers" if options.mask_prompts else "all"
-            merged = merge_static(model, *text, method, rank, scored, options.steps, tokens=tokens, progress=progress)
+            merged = merge_static(
+                model, *text, method, rank, scored, options.steps, tokens=tokens, progress=progress, resident=resident
+            )
         merges[domain] = merged
         console.print(merge_table(merged.measured, f"{_title(options, merged)}{where}"))
         console.print(kept(merged.measured))
+        if merged.tokens < ENOUGH * model.get_base_model().config.hidden_size and method.startswith("ls"):
+            console.print(
+                f"[yellow]Few tokens:[/] {merged.tokens:,} for inputs of width {model.get_base_model().config.hidden_size}. "
+                f"Least squares gets better up to about {ENOUGH} tokens for each; more rows in `--calibration`, a larger "
+                "`--limit`."
+            )
         seconds = merged.measured.seconds
         console.print(f"{sum(seconds) / len(seconds):.2f} s for each layer.", highlight=False)
     _check_bound(options, merges)
@@ -94,6 +108,15 @@ def merge_adapter(console: Console, options: Options) -> None:
     factors = {domain: merged.measured.factors for domain, merged in merges.items()}
     records = {d: _figures(options, method, merges[d], texts[d], rank) for d in merges}
     _write(console, options, model, before, plan, factors, records)
+
+
+def _load(options: Options) -> tuple[PeftModel, Any, Resident | None]:
+    """The adapter on its backbone, the tokenizer, and how layers come from disk if that is wanted."""
+    if options.load_in != "layers":
+        return *load_adapter(options.adapter, options.model, options.load_in), None
+    named, tokenizer = adapters_backbone(options.adapter, options.model)
+    lazy = LazyModel(options.adapter, named, "cuda" if torch.cuda.is_available() else "cpu")
+    return lazy.model, tokenizer, lazy.resident
 
 
 def _check(options: Options) -> None:

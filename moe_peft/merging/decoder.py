@@ -94,8 +94,7 @@ class Decoder:
                 raise _Stopped
             return states
 
-        if self._returns_tuple is None:
-            self._returns_tuple = self._find_out(batch)
+        self.look(batch)
         with self._stood_in(note):
             try:
                 self._call(batch)
@@ -103,22 +102,23 @@ class Decoder:
                 pass
         return Entered(hidden[0], calls)
 
-    def _find_out(self, batch: Batch) -> bool:
-        """Whether a layer returns its states in a tuple, as some families' do."""
-        found: list[bool] = []
+    def look(self, batch: Batch) -> None:
+        """See, once, whether a layer returns its states in a tuple, as some families' do; the first one has to be there."""
+        if self._returns_tuple is not None:
+            return
 
         def see(module: nn.Module, args: Any, output: Any) -> None:
-            found.append(isinstance(output, tuple))
+            self._returns_tuple = isinstance(output, tuple)
             raise _Stopped
 
         handle = self.blocks[0].register_forward_hook(see)
         try:
-            self._call({key: value[:1] for key, value in batch.items()})
+            with torch.no_grad():
+                self._call({key: value[:1] for key, value in batch.items()})
         except _Stopped:
             pass
         finally:
             handle.remove()
-        return found[0]
 
     @torch.no_grad()
     def step(self, index: int, hidden: Tensor, call: Call, counted: Tensor | None = None) -> Tensor:

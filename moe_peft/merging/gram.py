@@ -31,8 +31,12 @@ class Gram:
         self.tokens += len(x)
 
     def root(self, alpha: float) -> tuple[Tensor, float]:
-        """The Cholesky factor L of `G + ridge I`, `[d, d]` in fp64, and the ridge: alpha times G's mean eigenvalue."""
+        """The Cholesky factor L of `G + ridge I`, `[d, d]` in fp64, and the ridge: alpha times G's mean eigenvalue.
+
+        The sum is used up: two matrices in fp64 are the most that is held.
+        """
         G = self.total.double().div_(self.tokens)
+        self.total = self.total.new_empty(0)
         mean = float(G.diagonal().mean())
         ridge = alpha * mean
         for jitter in (0.0, 1e-8, 1e-6, 1e-4):  # rounding of fp32 sums can leave G a little indefinite

@@ -121,7 +121,6 @@ def _fit_linears(
     factors: dict[str, Factors] = {}
     for first, gram in list(moments.grams.items()):
         L, ridge = gram.root(alpha) if method == "ls" else (None, 0.0)
-        gram.total = torch.empty(0)
         for name in [name for name, its in moments.shared.items() if its == first]:
             A, B = layers[name].experts(decoder.adapter_name).stacked()
             cross = moments.crosses.pop(name)

@@ -10,7 +10,7 @@ from moe_peft.merge import Batch, fit_static
 from moe_peft.merging.decoder import Decoder
 from moe_peft.merging.measures import predicting, real
 from moe_peft.merging.recovery import STEPS, distill, learned_mixing
-from moe_peft.merging.walk import Fit, Measured, sequential, walk
+from moe_peft.merging.walk import Fit, Measured, Resident, sequential, walk
 from moe_peft.tuners.ffn_moe import FfnMoeLinear
 
 
@@ -58,6 +58,7 @@ def merge_static(
     adapter_name: str = "default",
     tokens: str = "all",
     progress: Progress | None = None,
+    resident: Resident | None = None,
 ) -> Merged:
     """Static factors in the place of a routed adapter, with figures on text that they were not fitted to.
 
@@ -72,6 +73,7 @@ def merge_static(
         steps: of distillation or learned mixing.
         tokens: which count in the fit, "all" that are real or those that predict an "answers" token. Distillation and all
             figures look at answers alone.
+        resident: makes a layer's weights be there, see `walk`; for "ls" and "usage" alone.
 
     Raises:
         ValueError: an unknown method, a rank below 1, an adapter that is not active or that has weights beside the
@@ -83,7 +85,13 @@ def merge_static(
     check_adapter(model, decoder, method)
     count = sum(int((real(batch) if tokens == "all" else predicting(batch)).sum()) for batch in calibration)
     check_text(decoder, count)
+    if resident is not None and method not in ("ls", "usage"):
+        raise refuse(
+            "method", method, "'ls' or 'usage' where layers are read one by one", "The others need all of the model."
+        )
     walked: dict[str, Any] = {"scored": scored, "on_layer": progress.on_layer, "tokens": tokens}
+    if resident is not None:
+        walked["resident"] = resident
     if method == "subspace":
         return Merged(walk(decoder, held_out, fit_static(model, calibration, rank), **walked), {}, count)
     if method == "ls":

@@ -21,7 +21,7 @@ from moe_peft.tuners.ffn_experts import FfnExperts
 
 
 STEPS = 300
-RATE = {"distill": 1e-3, "learned": 1e-2}
+RATE = {"distill": 3e-3, "learned": 1e-2}
 """Peak learning rates of Adam, falling linearly to 0."""
 
 OnStep = Callable[[int, float], None]

@@ -9,14 +9,14 @@ that the figures of all three come from the same walk.
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe_peft.errors import nearest, refuse
 from moe_peft.merge import Batch, Factors
-from moe_peft.merging.decoder import Decoder
+from moe_peft.merging.decoder import HEAD_BYTES, Decoder
 from moe_peft.merging.layerwise import Stream, fit_layer
 from moe_peft.merging.measures import Figures, Sums, labels_of, predicting, real, right_rows, wanted_log_probs
 
@@ -92,8 +92,12 @@ def walk(
     """
     if (factors is None) != bool(fit and calibration):
         raise ValueError("Give either factors to measure, or text and how to fit them.")
+    if not held_out:
+        raise ValueError("There is no held-out text to measure on. Give at least one batch.")
     done: dict[str, Factors] = dict(factors or {})
     with decoder.reading():
+        with resident(-1), resident(0):
+            decoder.look(held_out[0])
         with resident(-1):
             source = _enter(decoder, calibration, tokens)
             streams = {model: _enter(decoder, [*held_out, *scored]) for model in MODELS}
@@ -115,8 +119,36 @@ def walk(
             if on_layer is not None:
                 on_layer(index, seconds[-1])
         with resident(-1):
-            figures, answers = _figures(decoder, held_out, scored, streams)
-    return Measured(done, figures, errors, answers, seconds)
+            figures, compared = _figures(decoder, held_out, scored, streams)
+    return Measured(done, figures, errors, compared, seconds)
+
+
+def needed_memory(decoder: Decoder, calibration: Sequence[Batch], held_out: Sequence[Batch]) -> int:
+    """Bytes that a walk with least squares needs beside the weights of one layer, at most.
+
+    They are: the states of all text (four streams, one of which twice while it goes on); a layer's sums, fp32, one Gram for
+    each width of input and three where q, k and v, o, gate and up read tensors of one width; two matrices of the widest
+    input in fp64 for the solution; and what the sums and the solutions of the linears take that are as wide as the rank.
+    """
+    base: Any = decoder.model.get_base_model()
+    config = base.config
+    tokens = [sum(batch["input_ids"].numel() for batch in batches) for batches in (calibration, held_out)]
+    largest: int = max(batch["input_ids"].numel() for batch in [*calibration, *held_out])
+    item = base.dtype.itemsize
+    states = item * config.hidden_size * (tokens[0] + 6 * tokens[1])
+    most: int = 0
+    for layers in filter(None, decoder.adapted):
+        widths = [layer.in_features for layer in layers.values()]
+        grams = 4 * sum(min(widths.count(d), 3) * d * d for d in set(widths))
+        ranks: int = 0
+        for layer in layers.values():
+            B: Tensor = layer.experts(decoder.adapter_name).lora_B
+            ranks += 4 * B.shape[0] * B.shape[1] * layer.in_features
+        solving = 16 * max(widths) ** 2 + 10 * ranks
+        passing = 16 * largest * max(widths)  # what one batch takes on its way through a layer, and in fp32
+        most = max(most, grams + ranks + solving + passing)
+    head = 8 * min(HEAD_BYTES, 4 * config.vocab_size * largest)  # three models' logits, and their log-probabilities
+    return states + max(most, head)
 
 
 def _enter(decoder: Decoder, batches: Sequence[Batch], tokens: str = "answers") -> Stream:
