@@ -5,7 +5,18 @@ import pytest
 from moe_peft import BottleneckMoeConfig, FfnMoeConfig, LinearMoeConfig, RankMoeConfig, ShardPoolConfig
 
 from . import checkpoints
-from .factory import BOTTLENECK_RULES, FFN_RULES, JOINED, LARGE, PER_LAYER, RANK_RULES, RULES, SHARD_RULES, rebuild, upstream
+from .factory import (
+    BOTTLENECK_RULES,
+    FFN_RULES,
+    JOINED,
+    LARGE,
+    PER_LAYER,
+    RANK_RULES,
+    RULES,
+    SHARD_RULES,
+    rebuild,
+    upstream,
+)
 
 
 CAUSAL = {"task_type": "CAUSAL_LM", "target_modules": None, **LARGE}
@@ -24,7 +35,10 @@ CASES = [
     *(pytest.param(FfnMoeConfig, {**CAUSAL, **kwargs}, id=name) for name, kwargs in FFN_RULES.items()),
     *(pytest.param(ShardPoolConfig, {**CAUSAL, **SHARD_RULES[name]}, id=name) for name in ("own", "splits")),
     *(pytest.param(RankMoeConfig, {**CAUSAL, **kwargs}, id=name) for name, kwargs in RANK_RULES.items()),
-    *(pytest.param(BottleneckMoeConfig, {**CAUSAL, **kwargs, "r": 0}, id=name) for name, kwargs in BOTTLENECK_RULES.items()),
+    *(
+        pytest.param(BottleneckMoeConfig, {**CAUSAL, **kwargs, "r": 0}, id=name)
+        for name, kwargs in BOTTLENECK_RULES.items()
+    ),
 ]
 POOLS = pytest.param(ShardPoolConfig, {**CAUSAL, **JOINED}, id="pools")
 
