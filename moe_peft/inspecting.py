@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from moe_peft.agreement import Agreement, measure_agreement
+from moe_peft.bottleneck_config import REDUCTION, BottleneckMoeConfig
 from moe_peft.budget import count_parameters, equal_budget_lora, meta_backbone
 from moe_peft.catalogue import CONFIG_FILE
 from moe_peft.config import MoeConfig
@@ -20,6 +21,7 @@ from moe_peft.merge import Factors, fit_static, routed_layers, save_static
 from moe_peft.plain_lora import is_plain, save_lora
 from moe_peft.report import health_table, heat_map, routing_report, short_name, verdict
 from moe_peft.shard_config import ShardPoolConfig
+from moe_peft.tuners.bottleneck_moe import not_linear
 
 
 def inspect_adapter(
@@ -45,7 +47,7 @@ def inspect_adapter(
     for parameter in (p for n, p in adapted.named_parameters() if adapted.base_model.prefix in n):
         parameter.requires_grad_(True)  # loaded for inference; counted as trained
     config = adapted.peft_config["default"]
-    if not isinstance(config, (MoeConfig, ShardPoolConfig)):
+    if not isinstance(config, (MoeConfig, ShardPoolConfig, BottleneckMoeConfig)):
         kind = config.peft_type.value
         raise ValueError(f"'{adapter}' is a {kind} adapter, without routers to look into. Give a routed adapter.")
     count = count_parameters(adapted)
@@ -77,8 +79,16 @@ def inspect_adapter(
         console.print(f"Written: {output / 'routing.json'}, {output / 'routing.png'}")
 
 
-def _rows(config: MoeConfig | ShardPoolConfig) -> list[tuple[str, str]]:
+def _rows(config: MoeConfig | ShardPoolConfig | BottleneckMoeConfig) -> list[tuple[str, str]]:
     """What an adapter is made of, title and text."""
+    if isinstance(config, BottleneckMoeConfig):
+        width = config.bottleneck_size or f"a {REDUCTION}th of the input"
+        return [
+            ("domains", ", ".join(config.domains or ()) + (", frozen" if config.freeze_domains else "")),
+            ("bottleneck", f"{width}"),
+            ("gate", config.gate + (f", on {config.gate_input}" if config.gate_input else "")),
+            ("the task's LoRA", f"rank {config.r}" if config.r else "none"),
+        ]
     if isinstance(config, ShardPoolConfig):
         rows = [("rank of a layer", f"{config.r}")]
         if config.shares:
@@ -125,6 +135,8 @@ def merge_adapter(
     if there.is_file() and json.loads(there.read_text()).get("peft_type") != "LORA":
         raise refuse("--output", str(output), "a folder without another adapter", "Name a new folder.")
     adapted, tokenizer = load_adapter(adapter, model, load_in)
+    if isinstance(adapted.peft_config["default"], BottleneckMoeConfig):
+        raise ValueError(not_linear("default"))
     if isinstance(adapted.peft_config["default"], ShardPoolConfig) or (calibration is None and is_plain(adapted)):
         _write_exact(console, adapted, output, calibration=calibration, rank=rank, held_out=held_out)
         return

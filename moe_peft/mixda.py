@@ -15,6 +15,7 @@ from peft.utils import load_peft_weights
 from torch import Tensor
 
 from moe_peft.bottleneck_config import BottleneckMoeConfig, check_domains
+from moe_peft.errors import refuse
 from moe_peft.tuners.bottleneck_moe import BottleneckExperts, BottleneckMoeLinear
 
 
@@ -170,3 +171,19 @@ def _listed(value: Any) -> Any:
 def _raise(problems: list[str]) -> None:
     if problems:
         raise ValueError("\n- ".join(["These domains cannot be joined, and nothing was loaded:", *problems]))
+
+
+def named_paths(pairs: list[str], option: str = "--domain") -> dict[str, str]:
+    """`["law=out/law", "code=out/code"]` as a mapping.
+
+    Raises:
+        ValueError: a pair without a name or a path, or two of one name.
+    """
+    found: list[tuple[str, str]] = []
+    for pair in pairs or []:
+        name, equals, path = pair.partition("=")
+        if not (name.strip() and equals and path.strip()):
+            raise refuse(option, pair, "a domain's name and a path, as law=data/law.txt", "Write one for each domain.")
+        found.append((name.strip(), path.strip()))
+    check_domains([name for name, _ in found], option)
+    return dict(found)

@@ -55,6 +55,11 @@ BY_ARITHMETIC = {
     # one router for the model, on the embeddings; q, k, v, o and down
     "global-lora-moe": (32 * 5 * 4 * (4 * 2 * D_MODEL + D_MODEL + D_FFN) + 5 * D_MODEL, 5 * D_MODEL),
 }
+# Two layers: a bottleneck of a 16th of the FFN, and a gate of 4 linears of width 768 with biases over the domain and the FFN;
+# on q and v of every layer the task's LoRA of rank 8
+MIXDA_GATE = 768 * D_FFN + 768 + 2 * (768 * 768 + 768) + 2 * 768 + 2
+MIXDA_DOMAIN = 688 * D_FFN + 688 + 688 * D_MODEL + D_MODEL
+BY_ARITHMETIC["mixda"] = (2 * (MIXDA_DOMAIN + MIXDA_GATE) + 32 * 2 * 8 * 2 * D_MODEL, 2 * MIXDA_GATE)
 AS_PUBLISHED |= BY_ARITHMETIC
 SHRINKS = {"mixlora-dynamic", "mixlora-switch"}  # published with weights that sum to less than 1
 
@@ -87,7 +92,7 @@ def batch_needs(config, tokens):
     routed_by_type = getattr(config, "expert_groups", None) is not None
     asked = types if routed_by_type else {}
     taught = types if getattr(config, "balance", "none") == "localized" and not routed_by_type else {}
-    if getattr(config, "router_granularity", "token") == "sequence":
+    if getattr(config, "router_granularity", "token") == "sequence" or getattr(config, "by_sequence", False):
         taught = taught | {"prompt_mask": torch.ones_like(tokens, dtype=torch.bool)}
     return asked, taught
 
