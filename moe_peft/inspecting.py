@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from moe_peft.agreement import Agreement
+from moe_peft.bottleneck_config import REDUCTION, BottleneckMoeConfig
 from moe_peft.budget import count_parameters, equal_budget_lora, meta_backbone
 from moe_peft.config import MoeConfig
 from moe_peft.domain_config import DomainMoeConfig
@@ -40,7 +41,7 @@ def inspect_adapter(
     for parameter in (p for n, p in adapted.named_parameters() if adapted.base_model.prefix in n):
         parameter.requires_grad_(True)  # loaded for inference; counted as trained
     config = adapted.peft_config["default"]
-    if not isinstance(config, (MoeConfig, ShardPoolConfig)):
+    if not isinstance(config, (MoeConfig, ShardPoolConfig, BottleneckMoeConfig)):
         kind = config.peft_type.value
         raise ValueError(f"'{adapter}' is a {kind} adapter, without routers to look into. Give a routed adapter.")
     count = count_parameters(adapted)
@@ -72,8 +73,16 @@ def inspect_adapter(
         console.print(f"Written: {output / 'routing.json'}, {output / 'routing.png'}")
 
 
-def _rows(config: MoeConfig | ShardPoolConfig) -> list[tuple[str, str]]:
+def _rows(config: MoeConfig | ShardPoolConfig | BottleneckMoeConfig) -> list[tuple[str, str]]:
     """What an adapter is made of, title and text."""
+    if isinstance(config, BottleneckMoeConfig):
+        width = config.bottleneck_size or f"a {REDUCTION}th of the input"
+        return [
+            ("domains", ", ".join(config.domains or ()) + (", frozen" if config.freeze_domains else "")),
+            ("bottleneck", f"{width}"),
+            ("gate", config.gate + (f", on {config.gate_input}" if config.gate_input else "")),
+            ("the task's LoRA", f"rank {config.r}" if config.r else "none"),
+        ]
     if isinstance(config, ShardPoolConfig):
         rows = [("rank of a layer", f"{config.r}")]
         if config.shares:

@@ -264,9 +264,13 @@ def print_next(console: Console, settings: Settings) -> None:
         console.print("Next, look into it, or write it as one plain LoRA, exactly:")
         for command in (f"inspect {output}", f"merge {output} --output {output / 'merged'}"):
             console.print(f"  moe-peft {command}", highlight=False, markup=False, soft_wrap=True)
+        return
+    arguments = settings.arguments
+    data = shlex.quote(arguments.dataset + (f"#{arguments.split}" if arguments.split != "train" else ""))
+    if settings.source.config.peft_type == "BOTTLENECK_MOE":  # nothing that it could be merged into
+        console.print("Next, look into its gates:")
+        console.print(f"  moe-peft inspect {output} --data {data}", highlight=False, markup=False, soft_wrap=True)
     elif hasattr(settings.source.config, "routing"):
-        arguments = settings.arguments
-        data = shlex.quote(arguments.dataset + (f"#{arguments.split}" if arguments.split != "train" else ""))
         exact = settings.source.config.peft_type == "FFN_MOE"
         then = "write it as a stock MoE checkpoint" if exact else "fit one plain LoRA to it"
         console.print(f"Next, look into its routers, or {then}:")

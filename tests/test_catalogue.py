@@ -63,6 +63,11 @@ BY_ARITHMETIC |= {
     "stelocoder": STELOCODER,
     "arrow-init": on_llama_2_7b(*EVERY, 4, 4),
 }
+# Two layers: a bottleneck of a 16th of the FFN, and a gate of 4 linears of width 768 with biases over the domain and the FFN;
+# on q and v of every layer the task's LoRA of rank 8
+MIXDA_GATE = 768 * D_FFN + 768 + 2 * (768 * 768 + 768) + 2 * 768 + 2
+MIXDA_DOMAIN = 688 * D_FFN + 688 + 688 * D_MODEL + D_MODEL
+BY_ARITHMETIC["mixda"] = (2 * (MIXDA_DOMAIN + MIXDA_GATE) + 32 * 2 * 8 * 2 * D_MODEL, 2 * MIXDA_GATE)
 AS_PUBLISHED |= BY_ARITHMETIC
 AS_PUBLISHED |= {"dmoerm": (32 * 2 * 32 * 2 * D_MODEL, 0)}  # the LoRA of one capability
 SHRINKS = {"mixlora-dynamic", "mixlora-switch"}  # published with weights that sum to less than 1
@@ -97,7 +102,7 @@ def batch_needs(config, tokens):
     asked = types if routed_by_type else {}
     by_types = getattr(config, "balance", "none") == "localized" or getattr(config, "supervised", False)
     taught = types if by_types and not routed_by_type else {}
-    if getattr(config, "router_granularity", "token") == "sequence":
+    if getattr(config, "router_granularity", "token") == "sequence" or getattr(config, "by_sequence", False):
         taught = taught | {"prompt_mask": torch.ones_like(tokens, dtype=torch.bool)}
     return asked, taught
 

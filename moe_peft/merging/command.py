@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from moe_peft.backbone import model_path
+from moe_peft.bottleneck_config import BottleneckMoeConfig
 from moe_peft.errors import refuse
 from moe_peft.export.writer import check_is_free, remove_abandoned, whole_folder
 from moe_peft.loaded import adapters_backbone, backbone_named, load_adapter
@@ -35,6 +36,7 @@ from moe_peft.merging.writing import (
     write_record,
 )
 from moe_peft.plain_lora import is_plain, lora_factors
+from moe_peft.tuners.bottleneck_moe import not_linear
 from moe_peft.tuners.ffn_moe import FfnMoeLinear
 
 
@@ -74,6 +76,8 @@ def merge_adapter(console: Console, options: Options) -> None:
     check_record(options.adapter)
     before = fingerprint(options.adapter)
     model, tokenizer, resident = _load(options)
+    if isinstance(model.peft_config["default"], BottleneckMoeConfig):
+        raise ValueError(not_linear("default"))
     base = options.model or backbone_named(model.peft_config["default"].base_model_name_or_path)
     plan = _plan(options, base)
     if is_plain(model):

@@ -255,6 +255,10 @@ class BottleneckMoeLinear(MoeTunerLayer):
     def holds(self, adapter_name: str) -> bool:
         return adapter_name in self.r
 
+    def has_domains(self, adapter_name: str) -> bool:
+        """Whether the adapter has domains' experts here, and not its LoRA alone."""
+        return self.holds(adapter_name) and int(self.bottleneck_moe_experts[adapter_name].domains) > 0
+
     def add_experts_output(self, x: Tensor, y: Tensor, adapter_name: str) -> Tensor:
         experts = self.bottleneck_moe_experts[adapter_name]
         if experts.gate_ffn and experts.domains and sum(map(self.holds, self.active_adapters)) > 1:
@@ -265,7 +269,7 @@ class BottleneckMoeLinear(MoeTunerLayer):
         return experts(x, y, self.context)
 
     def is_static(self, adapter_name: str) -> bool:
-        return not self.holds(adapter_name) or not int(self.bottleneck_moe_experts[adapter_name].domains)
+        return not self.has_domains(adapter_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         for name in self.active_adapters if adapter_names is None else adapter_names:

@@ -44,11 +44,11 @@ CASES = [
     *(pytest.param(ShardPoolConfig, {**CAUSAL, **SHARD_RULES[name]}, id=name) for name in ("own", "splits")),
     *(pytest.param(DomainMoeConfig, {**CAUSAL, **kwargs}, id=name) for name, kwargs in DOMAIN_RULES.items()),
     *(pytest.param(RankMoeConfig, {**CAUSAL, **kwargs}, id=name) for name, kwargs in RANK_RULES.items()),
-    *(
-        pytest.param(BottleneckMoeConfig, {**CAUSAL, **kwargs, "r": 0}, id=name)
-        for name, kwargs in BOTTLENECK_RULES.items()
-    ),
 ]
+BOTTLENECKS = {name: {**CAUSAL, **kwargs, "r": 0} for name, kwargs in BOTTLENECK_RULES.items()}
+EVERY_FFN = {"target_modules": ["down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h"]}
+CHOSEN = [pytest.param(BottleneckMoeConfig, kwargs, id=name) for name, kwargs in BOTTLENECKS.items()]
+ALL = [pytest.param(BottleneckMoeConfig, {**kwargs, **EVERY_FFN}, id=name) for name, kwargs in BOTTLENECKS.items()]
 POOLS = pytest.param(ShardPoolConfig, {**CAUSAL, **JOINED}, id="pools")
 
 TestDecoderModels = rebuild(
@@ -57,8 +57,11 @@ TestDecoderModels = rebuild(
     {
         "model_id": [pytest.param(checkpoints.path(name), id=name) for name in checkpoints.DECODERS],
         # It counts the parameters that adapted layers register, and all layers' pools lie in the first.
-        "test_training_decoders_layer_indexing:config_cls,config_kwargs": CASES,
-        "config_cls,config_kwargs": [*CASES, POOLS],
+        "test_training_decoders_layer_indexing:config_cls,config_kwargs": [
+            *CASES,
+            *ALL,
+        ],  # by default few layers are adapted
+        "config_cls,config_kwargs": [*CASES, *CHOSEN, POOLS],
     },
     pretend_lora=(
         "test_mixed_adapter_batches",
