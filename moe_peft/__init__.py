@@ -32,6 +32,7 @@ from moe_peft.router_init import init_routers  # noqa: E402
 # context manager: Python asks the package for the attribute.)
 from moe_peft.routing_control import routing  # noqa: E402
 from moe_peft.shard_config import ShardPoolConfig  # noqa: E402
+from moe_peft.tracing import expert_trace  # noqa: E402
 from moe_peft.tuners import base  # noqa: E402
 from moe_peft.tuners.ffn_moe import FfnMoeModel  # noqa: E402
 from moe_peft.tuners.linear_moe import LinearMoeModel  # noqa: E402
@@ -65,6 +66,7 @@ __all__ = [
     "allocate",
     "consistency_loss",
     "expert_scores",
+    "expert_trace",
     "freeze_experts",
     "from_catalogue",
     "grow",
