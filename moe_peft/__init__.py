@@ -40,6 +40,7 @@ from moe_peft.router_init import init_routers  # noqa: E402
 from moe_peft.routing_control import routing  # noqa: E402
 from moe_peft.self_contrast import SelfContrast  # noqa: E402
 from moe_peft.shard_config import ShardPoolConfig  # noqa: E402
+from moe_peft.tracing import expert_trace  # noqa: E402
 from moe_peft.tuners import base  # noqa: E402
 from moe_peft.tuners.bottleneck_moe import BottleneckMoeModel  # noqa: E402
 from moe_peft.tuners.domain_moe import DomainMoeModel  # noqa: E402
@@ -84,6 +85,7 @@ __all__ = [
     "allocate",
     "consistency_loss",
     "expert_scores",
+    "expert_trace",
     "freeze_experts",
     "from_catalogue",
     "from_loras",

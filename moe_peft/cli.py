@@ -283,7 +283,13 @@ def merge_loras(
 def export(
     adapter: Annotated[str, typer.Argument(help="The folder of an FFN mixture, or an id on the Hub.")],
     output: Annotated[Path | None, typer.Option(help="A new or empty folder for the checkpoint.")] = None,
-    to: Annotated[str, typer.Option(help="moe: a stock Mixture-of-Experts checkpoint, exact.")] = "moe",
+    to: Annotated[
+        str,
+        typer.Option(
+            help="moe: a stock Mixture-of-Experts checkpoint, exact. loras: a plain LoRA per expert, and what picks among "
+            "them. request-lora: the one LoRA for --prompt, exact where whole sequences are routed."
+        ),
+    ] = "moe",
     check: Annotated[bool, typer.Option("--check", help="Say what would be written, and write nothing.")] = False,
     model: Annotated[str | None, typer.Option(help="The backbone, if not the one that the adapter names.")] = None,
     target: Annotated[
@@ -298,11 +304,24 @@ def export(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto is the backbone's.")] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Of one weights file.")] = "4GB",
     verify: Annotated[bool, typer.Option(help="Compare the export with the adapter on its backbone.")] = True,
+    prompt: Annotated[str | None, typer.Option(help="For request-lora: the request.")] = None,
+    domain: Annotated[str | None, typer.Option(help="For request-lora: the expert, in place of the router.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="For loras: labelled prompts to fit what picks, as for `train --dataset`.")
+    ] = None,
+    by: Annotated[str, typer.Option(help="For loras: the column of --data with the expert's name.")] = "domain",
 ) -> None:
-    """An FFN mixture as a checkpoint that transformers, vLLM and llama.cpp load as their own, with no plugin."""
+    """A mixture for servers without a plugin: an FFN mixture as a stock MoE checkpoint, experts on linears as plain LoRAs."""
     from moe_peft.card import describe_output
-    from moe_peft.exporting import export_adapter
+    from moe_peft.exporting import PLAIN, export_adapter, export_plain
 
+    given = {"--prompt": prompt, "--domain": domain, "--data": data, "--check": check or None}
+    if to in PLAIN:
+        export_plain(Console(), adapter, to, output, model, given, by)
+        return
+    for option in ("--prompt", "--domain", "--data"):
+        if given[option] is not None:
+            raise ValueError(f"`{option}` goes with `--to loras` or `--to request-lora` alone, but `--to` is '{to}'.")
     export_adapter(Console(), adapter, to, output, check, model, target, base_weights, dtype, max_shard_size, verify)
     if output is not None and not check:
         describe_output(adapter, output)

@@ -12,7 +12,10 @@ from moe_peft.catalogue import CONFIG_FILE
 from moe_peft.errors import nearest, refuse
 
 
-ROUTES = ("moe",)
+PLAIN = {"loras": ("--data",), "request-lora": ("--prompt", "--domain")}
+"""The values of `--to` that write plain LoRAs, and the options that go with each."""
+
+ROUTES = ("moe", *PLAIN)
 """The values of `--to`."""
 
 
@@ -39,7 +42,8 @@ def export_adapter(
     from moe_peft.export.writer import check_is_free
 
     if to not in ROUTES:
-        raise refuse("--to", to, "'moe', a stock Mixture-of-Experts checkpoint", nearest(to, ROUTES))
+        allowed = "'moe', a stock Mixture-of-Experts checkpoint, 'loras' or 'request-lora'"
+        raise refuse("--to", to, allowed, nearest(to, ROUTES))
     if output is None and not check:
         raise refuse("--output", None, "a new or empty folder", "Or pass --check to see the plan without writing.")
     if output is not None:
@@ -64,6 +68,93 @@ def export_adapter(
         )
     console.print(f"Written to {output}. `transformers`, vLLM and others load it without this package.")
     console.print(_checked(json.loads((output / RECORD_FILE).read_text())["check"]))
+
+
+def export_plain(
+    console: Console,
+    adapter: str,
+    to: str,
+    output: Path | None,
+    model: str | None,
+    given: dict[str, Any],
+    by: str = "domain",
+) -> None:
+    """Write a plain LoRA per expert, or the one for a request, and print how to serve it.
+
+    Args:
+        given: option -> what was written for it, or None.
+        by: the column of `--data` with the expert's name.
+
+    Raises:
+        ValueError: options that belong to another route, no folder, or whatever stands against the export.
+    """
+    from moe_peft.export.per_domain import export_experts, export_request_lora
+    from moe_peft.export.writer import check_is_free
+    from moe_peft.loaded import load_adapter
+
+    for option, value in given.items():
+        if value is not None and option not in PLAIN[to]:
+            raise refuse(option, value, f"left out with `--to {to}`", "See `moe-peft export --help`.")
+    if output is None:
+        raise refuse("--output", None, "a new or empty folder", "It appears whole, or not at all.")
+    check_is_free(output)
+    if to == "request-lora" and not given["--prompt"]:
+        raise refuse("--prompt", given["--prompt"], "the request's text", "The LoRA is for that request alone.")
+    routed, tokenizer = load_adapter(adapter, model, "none")
+    if to == "request-lora":
+        config = export_request_lora(routed, given["--prompt"], output, tokenizer, domain=given["--domain"])
+        console.print(f"Written to {output}: one LoRA of rank {config.r}, exact for this request and its answer.")
+        return
+    selector = "auto" if given["--data"] is None else _fitted(routed, tokenizer, given["--data"], by)
+    done = export_experts(routed, output, selector)
+    served = " ".join(f"{name}={folder}" for name, folder in done.folders.items())
+    console.print(f"Written to {output}: {len(done.folders)} LoRAs of rank {done.r}.", soft_wrap=True)
+    console.print(f"vllm serve BASE --enable-lora --lora-modules {served}", soft_wrap=True, highlight=False)
+    console.print(_picks(output, done.selector), soft_wrap=True)
+
+
+def _fitted(model: Any, tokenizer: Any, data: str, by: str) -> Any:
+    """A selector from labelled rows: each row's prompt, or its text."""
+    from datasets import Dataset
+
+    from moe_peft.data import training_rows
+    from moe_peft.export.selector import expert_names, fit_selector
+
+    name, _, split = data.partition("#")
+    rows: Dataset = training_rows(name, split or "train", chat=tokenizer.chat_template is not None, keep=(by,)).dataset
+    texts: dict[str, list[str]] = {}
+    known = expert_names(model)
+    for row in rows:
+        label = str(row[by])  # type: ignore[index]
+        texts.setdefault(f"expert{label}" if f"expert{label}" in known else label, []).append(_prompt(row, tokenizer))
+    return fit_selector(model, tokenizer, texts)
+
+
+def _prompt(row: Any, tokenizer: Any) -> str:
+    """What a server would see of a row before it answers."""
+    prompt = row.get("prompt") or row.get("text") or row.get("messages")
+    if isinstance(prompt, str):
+        return prompt
+    turns = [turn for turn in prompt if turn["role"] != "assistant" or "messages" not in row]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+def _picks(output: Path, selector: Any) -> str:
+    """Which LoRA is for which prompt, in words."""
+    if selector is None:
+        return (
+            "Nothing picks among them: the gate decides for each token, or at each layer. Label prompts with `--data` and "
+            "`--by`, or name the expert in each request. Alone, an expert is not what the mixture computes."
+        )
+    how = f"python {output / 'client.py'} {output} --base BASE --prompt '...'"
+    if selector.fitted:
+        return f"Fitted to your prompts, this picks one: {how}. Alone, an expert is not what the mixture computes."
+    if selector.exact:
+        return f"The adapter's own choice, exactly: {how}"
+    return (
+        f"The adapter's best expert: {how}. Its rule gives that expert another weight than 1, or mixes several: "
+        "`--to request-lora` is exact."
+    )
 
 
 def _checked(figures: dict[str, Any]) -> str:

@@ -339,7 +339,7 @@ def rows_of_domains(domains: Tensor, tokens: int, rows: int) -> Tensor:
 # --- what is asked, for each router ---
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """A router that decides, where it is, and what its experts are called."""
 
     layer: str
@@ -347,6 +347,7 @@ class _Place(NamedTuple):
     names: list[str]
     named: bool
     active: bool
+    adapter: str
 
     @property
     def domains(self) -> list[str] | None:
@@ -376,7 +377,7 @@ def work_out(standing: Standing, model: nn.Module) -> None:
         standing.by_router[id(context)] = {id(place.router): _override(asked, place) for place in places}
 
 
-def _places(model: nn.Module, context: RoutingContext) -> list[_Place]:
+def _places(model: nn.Module, context: RoutingContext) -> list[Place]:
     places = []
     for name, layer in model.named_modules():
         if getattr(layer, "context", None) is not context or not hasattr(layer, "expert_names"):
@@ -388,14 +389,31 @@ def _places(model: nn.Module, context: RoutingContext) -> list[_Place]:
                 names = layer.expert_names(adapter)  # type: ignore[operator]
                 named = names != [str(number) for number in range(len(names))]
                 active = adapter in layer.active_adapters  # type: ignore[operator]
-                places.append(_Place(name.removeprefix("base_model.model."), router, names, named, bool(active)))
+                places.append(
+                    Place(name.removeprefix("base_model.model."), router, names, named, bool(active), adapter)
+                )
     if not any(place.active for place in places):
         remedy = "Load or activate an adapter that routes: a plain LoRA and a single expert have nothing to choose."
         raise refuse("model", type(model).__name__, "a model with an active adapter that routes", remedy)
     return places
 
 
-def _at(place: _Place, experts: Mapping[str, Sequence[int | str]]) -> list[int]:
+def places_of(model: nn.Module, adapter_name: str) -> list[Place]:
+    """The routers of an active adapter that decide, in the order of the layers.
+
+    Raises:
+        ValueError: if it has none, or is not active.
+    """
+    places = [place for context in _contexts(model) for place in _places(model, context)]
+    found = [place for place in places if place.adapter == adapter_name and place.active]
+    if not found:
+        names = sorted({place.adapter for place in places if place.active})
+        remedy = f"Active ones are: {', '.join(names)}."
+        raise refuse("adapter_name", adapter_name, "an active adapter that routes", remedy)
+    return found
+
+
+def _at(place: Place, experts: Mapping[str, Sequence[int | str]]) -> list[int]:
     """The numbers of the experts that are meant at a place; those that it does not have are left out."""
     wanted = [e for layer, some in experts.items() if _matches(layer, place.layer) for e in some]
     found = (_number(expert, place.names) for expert in wanted)
@@ -412,7 +430,7 @@ def _matches(key: str, layer: str) -> bool:
     return not key or f".{key}." in f".{layer}."
 
 
-def _check_known(asked: Asked, places: list[_Place]) -> None:
+def _check_known(asked: Asked, places: list[Place]) -> None:
     """Refuse what no active router has."""
     active = [place for place in places if place.active]
     names = list(dict.fromkeys(name for place in active for name in place.names))
@@ -450,7 +468,7 @@ def _check_slots(top_k: int, routers: list[Any]) -> None:
         raise refuse("top_k", top_k, f"at most {most}, what the largest router chooses from", "Lower it.")
 
 
-def _check_expert(field: str, expert: int | str, places: list[_Place], names: list[str]) -> None:
+def _check_expert(field: str, expert: int | str, places: list[Place], names: list[str]) -> None:
     if all(_number(expert, place.names) is None for place in places):
         numbers = all(name.isdigit() for name in names)
         allowed = f"experts from 0 to {len(names) - 1}" if numbers else "of " + ", ".join(map(repr, names))
@@ -458,7 +476,7 @@ def _check_expert(field: str, expert: int | str, places: list[_Place], names: li
         raise refuse(field, expert, allowed, remedy)
 
 
-def _override(asked: Asked, place: _Place) -> Override:
+def _override(asked: Asked, place: Place) -> Override:
     """What a router is to do, checked against what it has."""
     router, device = place.router, next(place.router.parameters()).device
     choices = int(router.num_experts)
@@ -503,7 +521,7 @@ def _mask(numbers: Iterable[int], choices: int, device: torch.device) -> Tensor:
 
 def _check_room(
     asked: Asked,
-    place: _Place,
+    place: Place,
     disabled: list[int],
     forced: list[int],
     given: dict[int, float],
@@ -540,7 +558,7 @@ def _check_room(
         raise refuse("force", names, "left out with `routing` = 'sparsegen'", remedy)
 
 
-def _check_groups(place: _Place, off: set[int], domains: list[Any] | None) -> None:
+def _check_groups(place: Place, off: set[int], domains: list[Any] | None) -> None:
     """Every domain and every group that may come has an expert left."""
     groups = getattr(place.router, "expert_groups", None)
     if place.named and domains is not None:

@@ -373,3 +373,79 @@ def test_a_router_that_no_linear_classifier_is_asks_for_a_fitted_one(field, valu
         export_experts(model, tmp_path / "out")
     export_experts(model, tmp_path / "out", fit_selector(model, tokenizer, TEXTS))
     assert Path(tmp_path / "out" / "router.json").is_file()
+
+
+# --- the command line ---
+
+
+def run(capsys, *arguments):
+    from moe_peft import cli
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(argument) for argument in arguments])
+    said = capsys.readouterr()
+    return stopped.value.code or 0, " ".join((said.out + said.err).split())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, tokenizer):
+    folders = {}
+    for name, settings in (("sequence", HARD), ("token", {})):
+        folders[name] = tmp_path_factory.mktemp("adapters") / name
+        make_model(None, **settings).save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders
+
+
+def test_the_command_writes_what_the_functions_do(saved, tmp_path, capsys):
+    code, said = run(capsys, "export", saved["sequence"], "--to", "loras", "--output", tmp_path / "out")
+    assert code == 0, said
+    for words in ("4 LoRAs of rank 2", "--lora-modules expert0=", "The adapter's own choice, exactly: python"):
+        assert words in said
+    assert Client(tmp_path / "out", POCKET_DIR).choose(PROMPTS[0]).model in (
+        "expert0",
+        "expert1",
+        "expert2",
+        "expert3",
+    )
+    options = ("--to", "request-lora", "--prompt", PROMPTS[0], "--output", tmp_path / "one")
+    code, said = run(capsys, "export", saved["sequence"], *options)
+    assert code == 0, said
+    assert "one LoRA of rank 2, exact for this request" in said
+    code, said = run(capsys, "export", saved["token"], "--to", "loras", "--output", tmp_path / "plain")
+    assert code == 0, said
+    assert "Nothing picks among them" in said
+    assert not (tmp_path / "plain" / "router.json").exists()
+    rows = [{"prompt": text, "completion": "x", "domain": n} for n, some in enumerate(TEXTS.values()) for text in some]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ("--to", "loras", "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "fitted")
+    code, said = run(capsys, "export", saved["token"], *options)
+    assert code == 0, said
+    assert "Fitted to your prompts" in said
+    assert Client(tmp_path / "fitted", POCKET_DIR).choose("7*8=").model == "expert0"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--to", "lora"], "`--to` is 'lora', but must be 'moe', .* Did you mean 'loras'"),
+        (["--to", "loras"], "`--output` is None"),
+        (
+            ["--to", "loras", "--prompt", "x", "--output", "new"],
+            "`--prompt` is 'x', but must be left out with `--to loras`",
+        ),
+        (["--to", "loras", "--check", "--output", "new"], "`--check` is True, but must be left out"),
+        (["--to", "request-lora", "--output", "new"], "`--prompt` is None, but must be the request's text"),
+        (["--to", "request-lora", "--prompt", "x", "--output", "new"], "`router_granularity` is 'token'"),
+        (["--prompt", "x"], "`--prompt` goes with `--to loras` or `--to request-lora` alone"),
+    ],
+    ids=str,
+)
+def test_the_command_refuses_in_words(options, sentence, saved, tmp_path, capsys, monkeypatch):
+    import re
+
+    monkeypatch.chdir(tmp_path)
+    code, said = run(capsys, "export", saved["token"], *options)
+    assert code == 2
+    assert re.search(sentence, said), said
+    assert list(tmp_path.iterdir()) == []
