@@ -9,7 +9,6 @@ the experts' total rank: a plain LoRA of that rank holds all of it. Directions t
 towards the usage mean diag(E[g]) A_cat by a ridge of alpha times the mean eigenvalue of G.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -97,6 +96,3 @@ def balanced(f: Factors) -> Factors:
     a, b = f.A.norm(dim=1).clamp(min=1e-20), f.B.norm(dim=0).clamp(min=1e-20)
     size = (b / a).sqrt()
     return Factors((f.A * size[:, None]).contiguous(), (f.B / size).contiguous())
-
-
-Solve = Callable[[Readout, Tensor | None], Factors]
