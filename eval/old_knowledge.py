@@ -15,8 +15,15 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model
-from transformers import DataCollatorForLanguageModeling, RobertaConfig, RobertaForMaskedLM, Trainer, TrainerCallback
-from transformers import TrainingArguments, set_seed
+from transformers import (
+    DataCollatorForLanguageModeling,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from moe_peft import BottleneckMoeConfig
 from moe_peft.backbone import load_backbone, load_tokenizer
