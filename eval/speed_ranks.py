@@ -19,7 +19,7 @@ RANK_LIMIT = 1.25
 RANK_ARITHMETIC = [
     "Rows of ranks: ratios are to LoRA of all 64 ranks, of which ours uses 8 for a token. Training at width d takes",
     "2dd + 3·128d multiply-adds per token for LoRA, 3·64d more with a router. With the bias, what was chosen is counted in",
-    "backward, where it is chosen once more.",
+    "backward.",
 ]
 
 
