@@ -8,10 +8,8 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from moe_peft.backbone import load_backbone
 from moe_peft.domain_config import ARROWS, DomainMoeConfig, name_problems
 from moe_peft.errors import nearest, refuse
-from moe_peft.loaded import backbone_named
 from moe_peft.merge import routed_layers
 from moe_peft.plain_loras import PlainLora, read_lora
 from moe_peft.prototypes import arrow_prototypes
@@ -123,7 +121,14 @@ def _base(base_model: nn.Module | str | None, read: list[tuple[str, PlainLora]],
         listed = ", ".join(f"{name}: {lora.base}" for name, lora in read)
         problems.append(f"`base_model` was left out, and the LoRAs do not name one model ({listed}): give it")
         return None
-    return None if problems else load_backbone(backbone_named(base_model or named.pop()), "none")
+    if problems:
+        return None
+    from moe_peft.backbone import (
+        load_backbone,  # these load the trainer's libraries, which importing the package must not
+    )
+    from moe_peft.loaded import backbone_named
+
+    return load_backbone(backbone_named(base_model or named.pop()), "none")
 
 
 def _misfits(lora: PlainLora, model: nn.Module, base: str | None) -> list[str]:

@@ -162,7 +162,7 @@ def test_overrides_are_checked_with_the_rest():
     ("call", "message"),
     [
         (lambda: from_catalogue("loramo"), "'loramo' is not in the catalogue. Did you mean 'loramoe'?"),
-        (lambda: recipe("xyz"), "'xyz' is not in the catalogue. Choose one of: 'adamoe', 'deepseek-moe', "),
+        (lambda: recipe("xyz"), "'xyz' is not in the catalogue. Choose one of: 'adamoe', 'arrow-init', "),
         (lambda: from_catalogue("mola", num_expert=4), "`num_expert` is not a field of LinearMoeConfig. Did you mean"),
         (lambda: adapter_config("molara"), "'molara' is neither in the catalogue nor a folder. Did you mean 'molora'"),
         (lambda: adapter_config("./nowhere"), "'./nowhere' is neither in the catalogue nor a folder"),
