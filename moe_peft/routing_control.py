@@ -70,9 +70,15 @@ class Standing:
     def __init__(self, blocks: tuple[Asked, ...], rows: int = 0) -> None:
         self.blocks, self.rows = blocks, rows
         self.by_router: dict[int, dict[int, Override]] = {}
+        self._about: dict[int, Asked] = {}
 
     def about(self, context: RoutingContext) -> Asked:
         """The blocks about one model as one: an inner block adds to an outer one, and wins where both name one value."""
+        if id(context) not in self._about:  # asked by every router in every pass
+            self._about[id(context)] = self._joined_blocks(context)
+        return self._about[id(context)]
+
+    def _joined_blocks(self, context: RoutingContext) -> Asked:
         found = [b for b in self.blocks if b.contexts is None or id(context) in b.contexts]
         whole = Asked()
         for b in found:
