@@ -215,7 +215,10 @@ def merge_section(record: dict[str, Any]) -> str:
                 for (name, source), w in zip(record["loras"].items(), record["weights"], strict=True)]  # fmt: skip
         how = f"{len(rows)} plain LoRAs, merged by `{record['method']}`."
         return f"## Merged from\n\n{how}\n\n" + _table(("LoRA", "weight", "cosine with the result"), rows)
-    rows = agreement_rows(record, "merged")
+    rows = [
+        (name, f"{of['loss']:.3f}", f"{of['kl']:.4f}", f"{of['top1']:.1%}")
+        for name, of in record.get("models", {}).items()
+    ]
     how = f"A static merge of a routed adapter by `{record.get('method')}`, fitted to `{record.get('calibration')}`: "
     how += "one LoRA for every token. What that loses, on text it was not fitted to:"
     return f"## Merge\n\n{how}\n\n" + _table(_AGREEMENT, rows) if rows else ""
@@ -236,7 +239,11 @@ def shrink_section(record: dict[str, Any]) -> str:
 
 
 def export_section(record: dict[str, Any]) -> str:
-    """From the record beside an exported checkpoint."""
+    """From the record beside an exported checkpoint, or a plain LoRA."""
+    if record.get("kind") == "plain LoRA":
+        r, flag = record["r"], record["vllm_flag"]
+        needs = f"; vLLM needs `{flag}`" if flag else ""
+        return f"## Export\n\nOne plain PEFT LoRA of rank {r}, its scale in B, for any LoRA server{needs}."
     check = record.get("check") or {}
     if check.get("done"):
         error = check["fp32_largest_relative_error"]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from moe_peft.errors import nearest, refuse
 from moe_peft.portable_lora import Factors, lora_config, lora_state, portable, write_portable_lora
 from moe_peft.routing import routing_dtype
+from moe_peft.tuners.domain_moe import DomainMoeLinear
 from moe_peft.tuners.layer import MoeTunerLayer
 from moe_peft.tuners.linear_moe import LinearMoeLinear, RoutedLora
 from moe_peft.tuners.rank_moe import RankExperts, RankMoeLinear
@@ -63,7 +64,7 @@ def _check_mergeable(model: PeftModel, layers: dict[str, MoeTunerLayer], adapter
     """Refuse what a plain LoRA could not carry, before anything is computed."""
     if any(adapter_name not in layer.active_adapters for layer in layers.values()):
         raise ValueError(f"Adapter '{adapter_name}' is not active. Call `model.set_adapter('{adapter_name}')` first.")
-    if not all(isinstance(layer, (LinearMoeLinear, RankMoeLinear)) for layer in layers.values()):
+    if not all(isinstance(layer, (LinearMoeLinear, RankMoeLinear, DomainMoeLinear)) for layer in layers.values()):
         raise ValueError(
             f"Adapter '{adapter_name}' is an FFN mixture. Its experts differ inside the non-linearity, which no LoRA on the "
             "linears can follow. `moe-peft export --to moe` writes it exactly, as a stock MoE checkpoint."

@@ -132,7 +132,7 @@ def routing_report(
 
 def _names(experts: Any) -> list[str] | None:
     domains = getattr(experts, "domains", None)
-    return None if domains is None else [*domains, *["null"] * (experts.num_experts - len(domains))]
+    return None if not isinstance(domains, list) else [*domains, *["null"] * (experts.num_experts - len(domains))]
 
 
 def _predicting(batch: dict[str, Any], domain: str) -> Tensor:

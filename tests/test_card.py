@@ -134,7 +134,7 @@ def run(*arguments: object) -> int:
 
 
 def test_train_inspect_and_merge_leave_a_card_with_every_section(tmp_path):
-    rows = [{k: row[k] for k in ("prompt", "completion")} for row in make_suite("fact8tag", 0, num_people=2).test[:24]]
+    rows = [{k: row[k] for k in ("prompt", "completion")} for row in make_suite("fact8tag", 0, num_people=8).test[:64]]
     data, out, merged = tmp_path / "rows.jsonl", tmp_path / "out", tmp_path / "merged"
     data.write_text("\n".join(map(json.dumps, rows)))
     train = ("train", "--adapter", "molora", "--model", "pocket", "--dataset", data, "--output_dir", out)
@@ -145,9 +145,11 @@ def test_train_inspect_and_merge_leave_a_card_with_every_section(tmp_path):
     assert run("inspect", out, "--data", data, "--output", tmp_path / "report") == 0
     assert run("merge", out, "--calibration", data, "--output", merged) == 0
     assert set(sections_of(out)) == set(SECTIONS[:6])
-    assert set(sections_of(merged)) == set(SECTIONS[:7])
+    assert set(sections_of(merged)) == {*SECTIONS[:7], "export"}
+    assert "One plain PEFT LoRA of rank" in sections_of(merged)["export"]
     record = json.loads((merged / "moe_peft_merge.json").read_text())
-    assert f"| merged | {record['loss_merged']:.3f} | {record['kl_merged']:.4f} |" in card(merged)
+    found = record["models"]["merged"]
+    assert f"| merged | {found['loss']:.3f} | {found['kl']:.4f} |" in card(merged)
     assert "import moe_peft" not in card(merged)
     assert str(data) in sections_of(merged)["data"]
     assert MINE not in card(merged)

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import moe_peft
 from moe_peft import DomainMoeConfig, from_loras
+from moe_peft.agreement import measure_agreement
 from moe_peft.domain_config import GATES
+from moe_peft.merge import fit_static
 from moe_peft.routing import dense_weights
 from moe_peft.tuners.domain_experts import domains_naive
 from moe_peft.tuners.domain_moe import DomainMoeLinear
@@ -390,3 +392,19 @@ def test_tokens_of_one_generation_share_the_stacked_experts(tokens):
     model.generate(input_ids=tokens, max_new_tokens=4)
     assert len(stacked) == 4
     assert all(A is stacked[0][0] for A, _ in stacked)
+
+
+def test_a_static_merge_of_domains_fits_their_weighted_sum():
+    """Least squares has a lower error on its own text than the mean weight of each expert; unequal ranks stay as they are."""
+    torch.manual_seed(0)
+    ranks = {"domain_ranks": [2, 3], "rank_pattern": {"up_proj": [2, 0]}, "target_modules": ["q_proj", "up_proj"]}
+    config = DomainMoeConfig(domains=["a", "b"], init_weights=False, router_init_std=1.0, **ranks)
+    model = get_peft_model(make_tiny_llama(), config).eval()
+    batches = [{"input_ids": torch.randint(1, 90, (8, 16))}]
+    errors = {}
+    for method in ("lstsq", "mean"):
+        factors = fit_static(model, batches, method=method)
+        assert {len(pair.A) for name, pair in factors.items() if name.endswith("q_proj")} == {5}
+        assert {len(pair.A) for name, pair in factors.items() if name.endswith("up_proj")} == {2}
+        errors[method] = measure_agreement(model, factors, batches).layer_error
+    assert all(errors["lstsq"][name] < errors["mean"][name] for name in errors["mean"])

@@ -7,7 +7,7 @@ import pytest
 
 import moe_peft
 from moe_peft import cli
-from moe_peft.arguments import _names, _parser
+from moe_peft.arguments import _names, make_parser
 
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +24,7 @@ def test_every_command_and_option_exists(command, capsys):
     words = command.split()
     options = [word.removeprefix("--") for word in words if word.startswith("--")]
     if words[1] == "train":
-        assert set(options) <= set(_names(_parser("moe-peft train")))
+        assert set(options) <= set(_names(make_parser("moe-peft train")))
         return
     with pytest.raises(SystemExit) as leaving:
         cli.main([words[1], "--help"])

@@ -52,7 +52,9 @@ KINDS = {  # trainer -> rows, settings of its own
 
 
 def adapter(kind: str = "SFT", **settings) -> LinearMoeConfig:
-    settings = {"num_experts": 4, "target_modules": ["q_proj", "up_proj"], "router_aux_loss_coef": COEF, **settings}
+    settings = {"num_experts": 4, "target_modules": ["q_proj", "up_proj"], **settings}
+    if settings.get("balance") != "bias":
+        settings.setdefault("router_aux_loss_coef", COEF)
     return LinearMoeConfig(task_type="SEQ_CLS" if kind == "Reward" else "CAUSAL_LM", **settings)
 
 
