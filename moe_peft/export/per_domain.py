@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_peft.errors import refuse
 from moe_peft.export.selector import Selector, describe, expert_names, selector_of, write_selector
@@ -123,14 +123,7 @@ def write_lora(factors: Mapping[str, Factors], folder: Path, config: Any) -> Lor
         folder: gets `adapter_config.json` and `adapter_model.safetensors`.
         config: of the adapter, for the base model's name and the task.
     """
-    r = max(len(f.A) for f in factors.values())
-    padded = {name: Factors(_filled(f.A, r, 0), _filled(f.B, r, 1)) for name, f in factors.items()}
-    return save_static(padded, folder, config.base_model_name_or_path, task_type=config.task_type)
-
-
-def _filled(factor: Tensor, r: int, dim: int) -> Tensor:
-    missing = r - factor.shape[dim]
-    return nn.functional.pad(factor, (0, missing) if dim else (0, 0, 0, missing))
+    return save_static(dict(factors), folder, config.base_model_name_or_path, task_type=config.task_type)
 
 
 @torch.no_grad()
