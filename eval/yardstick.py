@@ -72,6 +72,8 @@ METHODS = {
         Method("mola", "mola", "all-linear", {"lora_dropout": 0.0}),
         Method("loramoe", "loramoe", FFN, {"lora_dropout": 0.0, "balance": "none"}),
         Method("mixlora", "mixlora", "all-linear", {"lora_dropout": 0.0, "num_experts": 4}),
+        Method("mixlora-switch", "mixlora-switch", "all-linear", {"lora_dropout": 0.0, "num_experts": 4}),
+        Method("mixlora-dynamic", "mixlora-dynamic", "all-linear", {"lora_dropout": 0.0, "num_experts": 4}),
         # The further methods stand where LoRA does best, on the FFN, and with the scale that is best for LoRA there.
         *(
             Method(name, name, FFN, {"lora_dropout": 0.0, "lora_alpha": alpha, **more})
@@ -89,6 +91,8 @@ METHODS = {
                     {"num_experts": 12, "num_shared_experts": 1, "top_k": 4, "router_scope": "linear"},
                 ),
                 ("hydralora", 32, {}),
+                ("llava-mole", 128, {}),
+                ("global-lora-moe", 16, {}),
                 ("mod-squad", 16, {"num_experts": 8, "top_k": 2}),
                 ("smora", 32, {}),
                 ("moram", 32, {}),
