@@ -12,20 +12,16 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from moe_peft.allocation import Allocation
+from moe_peft.balance_checks import AUX_LOSS_COEF, BIAS_UPDATE_SPEED, check_balance, check_block, check_unused
 from moe_peft.config_checks import check_booleans, check_init, check_layers, check_numbers
 from moe_peft.plugin_config import PluginConfig
 from moe_peft.router_checks import (
-    AUX_LOSS_COEF,
-    BIAS_UPDATE_SPEED,
-    check_balance,
-    check_block,
     check_groups,
     check_linear,
     check_router,
     check_routing,
     check_schedules,
     check_top_k,
-    check_unused,
 )
 
 

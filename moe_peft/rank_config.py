@@ -8,10 +8,10 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from moe_peft.allocation import Allocation, parse
+from moe_peft.balance_checks import check_balance, check_unused
 from moe_peft.config import MoeConfig
 from moe_peft.config_checks import check_booleans, check_layers, check_numbers, is_count, is_number
 from moe_peft.errors import nearest, refuse
-from moe_peft.router_checks import check_balance, check_unused
 
 
 SIGMOID, SELF = "sigmoid_top_k", "self_activated"
