@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from moe_peft.balance import LOAD_WINDOW, localized_loss, switch_gradient
-from moe_peft.context import RoutingContext, no_task_types, set_aux_scale
+from moe_peft.context import RoutingContext, set_aux_scale
 from moe_peft.routing import Routing, RoutingRule, assignments
+from moe_peft.row_types import no_task_types
 
 
 __all__ = [

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from moe_peft.errors import refuse
 from moe_peft.masks import real_from_mask
+from moe_peft.prompts import cache_of, check_one_sample_per_row, leading_prompt, no_prompt, no_single_prompt, pooled
+from moe_peft.row_types import check_types, no_task_types, one_per_row
 
 
 _live: "WeakSet[RoutingContext]" = WeakSet()
@@ -52,24 +54,6 @@ def set_aux_scale(scale: float, model: nn.Module | None = None) -> None:
             context.scale_balance(scale)
 
 
-def no_task_types(field: str = "balance", value: Any = "localized", otherwise: str = "'none'") -> ValueError:
-    """What to do where routing or its balance needs the samples' task types and the batch has none.
-
-    Args:
-        field, value: of the config, that which needs them.
-        otherwise: what the field may be without them.
-    """
-    return refuse(
-        field,
-        value,
-        f"{otherwise} where the model is not told the samples' task types",
-        "Add a column `task_type` to the data set (whole numbers from 0; for LoRAMoE 0 is world knowledge and 1 other "
-        "tasks) and wrap the trainer's collator: `trainer.data_collator = "
-        "moe_peft.TaskTypeCollator(trainer.data_collator)`, with `remove_unused_columns=False`. A loop of your own calls "
-        "`model(..., task_types=tensor)`, one number per row; around `generate` use `with moe_peft.task_types(model, [...])`.",
-    )
-
-
 def set_step(model: nn.Module, step: int | None) -> None:
     """Say which optimizer step a loop of your own is at, for `schedule_steps`. `MoeCallback` does so under a trainer.
 
@@ -77,7 +61,7 @@ def set_step(model: nn.Module, step: int | None) -> None:
         model: with routed layers.
         step: from 0; None is the end of every schedule, which is also where inference always is.
     """
-    for context in _contexts(model):
+    for context in contexts_in(model):
         context.step = step
 
 
@@ -90,7 +74,7 @@ def task_types(model: nn.Module, types: Tensor | list[int]) -> Iterator[None]:
         types: one whole number for each row of the batch; with beams, each counts for all beams of its row.
     """
     types = torch.as_tensor(types)
-    contexts = _contexts(model)
+    contexts = contexts_in(model)
     before = [context.fixed_types for context in contexts]
     for context in contexts:
         context.fixed_types = types
@@ -101,57 +85,12 @@ def task_types(model: nn.Module, types: Tensor | list[int]) -> Iterator[None]:
             context.fixed_types = old
 
 
-def _contexts(model: nn.Module) -> list["RoutingContext"]:
+def contexts_in(model: nn.Module) -> list["RoutingContext"]:
+    """The contexts of a model, one for each model that its routed layers belong to."""
     found = {
         id(c): c for module in model.modules() if isinstance(c := getattr(module, "context", None), RoutingContext)
     }
     return list(found.values())
-
-
-def no_prompt() -> ValueError:
-    """What to do where routing by sequence cannot know where the prompt ends."""
-    return refuse(
-        "router_granularity",
-        "sequence",
-        "'token' where the model is not told which tokens are the prompt",
-        "A router that looks at the answer while it learns would do otherwise in use. Pass `labels` with -100 on the "
-        "prompt (TRL: `completion_only_loss=True`, or prompts and completions in separate columns), or a bool tensor "
-        "`prompt_mask` of the shape of `input_ids`.",
-    )
-
-
-def no_single_prompt(allowed: str, remedy: str) -> ValueError:
-    """What to do where rows cannot be routed as whole sequences because of what the batch holds."""
-    return refuse("router_granularity", "sequence", f"'token' where {allowed}", remedy)
-
-
-def no_rows(balance: str) -> ValueError:
-    """What to do where a balance loss is by row and the router cannot tell the rows apart."""
-    return refuse(
-        "balance",
-        balance,
-        "'switch', 'cv2' or 'bias' where a router does not see rows of tokens",
-        "The input of the layer has lost its rows, as in some encoders and in padding-free batches.",
-    )
-
-
-def check_types(types: Tensor, count: int | None = None, names: list[str] | None = None) -> None:
-    """Refuse what is no task type. Negative ones would count from the end. `names` are the types', where they have any.
-
-    Values are looked at on the CPU alone: elsewhere the host would have to wait for them.
-    """
-    whole = not (types.is_floating_point() or types.is_complex() or types.dtype == torch.bool)
-    here = types.device.type == "cpu" and types.numel() and not torch.compiler.is_compiling()
-    if whole and not (here and (int(types.min()) < 0 or count is not None and int(types.max()) >= count)):
-        return
-    allowed = (
-        "whole numbers from 0" if count is None else f"whole numbers from 0 to {count - 1}, as `expert_groups` has"
-    )
-    remedy = "Number the types from 0."
-    if names:
-        allowed = f"whole numbers from 0 to {len(names) - 1}, the places of the domains"
-        remedy = "They are " + ", ".join(f"{place} {name}" for place, name in enumerate(names)) + "."
-    raise refuse("task_types", types.flatten().tolist()[:8], allowed, remedy)
 
 
 class RoutingContext:
@@ -269,7 +208,7 @@ class RoutingContext:
         if self.wants_prompt and self._routes_sequences(module):
             if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
                 raise no_single_prompt("the prompt and the answer stand in an encoder and a decoder", "Use 'token'.")
-            _check_one_sample_per_row(given)
+            check_one_sample_per_row(given)
             prompt = self._prompt(module, given) if given.get("prompt_mask") is None else None
             if prompt is not None:
                 extra["prompt_mask"] = prompt
@@ -295,7 +234,7 @@ class RoutingContext:
         if labels is not None and labels.dim() == 1 and ids is not None:  # a class for each row, and all of it is read
             return torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
         if labels is not None:
-            return _leading_prompt(labels, given.get("attention_mask"))
+            return leading_prompt(labels, given.get("attention_mask"))
         if module.training and torch.is_grad_enabled():
             raise no_prompt()
         if ids is None or given.get("past_key_values") is not None or self.prompt_length is None:
@@ -447,90 +386,14 @@ class RoutingContext:
         states = given.get("hidden_states", args[0] if args else None)
         states = states if isinstance(states, Tensor) and states.dim() == 3 else None
         task_types = ours.get("task_types")
-        self.task_types = None if task_types is None else _one_per_row(task_types, states)
+        self.task_types = None if task_types is None else one_per_row(task_types, states)
         self.rows = 0 if states is None else states.shape[0]
         self.prompt, self.embeddings = ours.get("prompt_mask"), ours.get("routing_embeddings")
         self.pool = ours.get("routing_pool")
         if self.wants_prompt:
-            self.cache = _cache_of(given)
+            self.cache = cache_of(given)
             layer = getattr(module, "layer_idx", None) or 0
             self.decoding = self.cache if self.cache is not None and int(self.cache.get_seq_length(layer)) else None
         watched = self.recording or self.wants_prompt or (module.training and torch.is_grad_enabled())
         self.real = real_from_mask(given.get("attention_mask"), states) if watched else None
         return args, kwargs
-
-
-def pooled(embeddings: Tensor, prompt: Tensor | None, attention_mask: Any) -> Tensor:
-    """Maximum and mean of the embeddings over the real tokens of each prompt, `[B, 2, d]`.
-
-    Args:
-        embeddings: `[B, S, d]`.
-        prompt: `[B, S]` bool, or None where all of it is the prompt.
-        attention_mask: as the model was given it, or None.
-    """
-    seen = real_from_mask(attention_mask, embeddings)
-    if seen is None or seen.shape != embeddings.shape[:2]:
-        seen = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
-    if prompt is not None:
-        seen = seen & prompt.to(seen.device).bool()
-    seen = seen.unsqueeze(-1)
-    largest = embeddings.masked_fill(~seen, float("-inf")).amax(1)
-    largest = largest.masked_fill(~seen.any(1), 0.0)  # a row without a prompt, as in padding to a full batch
-    mean = (embeddings * seen).sum(1) / seen.sum(1).clamp(min=1)
-    return torch.stack((largest, mean), dim=1)
-
-
-def _leading_prompt(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """`[B, S]`, what stands before the first label. Not what is masked later on: an answer must not depend on what the
-    user says after it.
-
-    Raises:
-        ValueError: if a row has none, for its router would see nothing.
-    """
-    prompt = (labels == -100).long().cumprod(1).bool()
-    seen = prompt & attention_mask.bool() if _same_shape(attention_mask, prompt) else prompt
-    if not torch.compiler.is_compiling() and not bool(seen.any(1).all()):
-        remedy = (
-            "Mask the prompt in `labels` with -100 (TRL: `completion_only_loss=True`), or pass a bool `prompt_mask`."
-        )
-        raise no_single_prompt("a row has no prompt before its first label", remedy)
-    return prompt
-
-
-def _check_one_sample_per_row(given: dict[str, Any]) -> None:
-    """Refuse packed and padding-free rows, whose samples would be routed by the prompt of the first."""
-    positions, mask = given.get("position_ids"), given.get("attention_mask")
-    packed = given.get("cu_seq_lens_q") is not None
-    if isinstance(positions, Tensor) and positions.dim() == 2 and not torch.compiler.is_compiling():
-        starts = positions == 0
-        starts = starts & mask.bool() if _same_shape(mask, starts) else starts
-        packed |= bool((starts.sum(1) > 1).any())
-    if packed:
-        remedy = "Turn packing and padding-free batches off."
-        raise no_single_prompt("one row holds several samples, each with a prompt of its own", remedy)
-
-
-def _same_shape(mask: Any, like: Tensor) -> bool:
-    return isinstance(mask, Tensor) and mask.shape == like.shape
-
-
-def _cache_of(given: dict[str, Any]) -> Any:
-    cache = given.get("past_key_values", given.get("past_key_value"))
-    return cache if hasattr(cache, "get_seq_length") else None
-
-
-def _one_per_row(task_types: Any, states: Tensor | None) -> Tensor:
-    task_types = torch.as_tensor(task_types)
-    check_types(task_types)
-    if states is not None and task_types.shape == states.shape[:2]:
-        return task_types
-    if task_types.dim() != 1 or (states is not None and task_types.shape[0] != states.shape[0]):
-        rows = "one number per row" if states is None else f"{states.shape[0]} numbers, one per row of the batch"
-        raise refuse(
-            "task_types",
-            list(task_types.shape),
-            f"of the shape of {rows}",
-            "With packing or padding-free batches one row holds several samples: turn both off, or set `balance` to "
-            "'none'.",
-        )
-    return task_types

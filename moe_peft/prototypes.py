@@ -7,10 +7,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from moe_peft.context import pooled
 from moe_peft.domain_config import ARROWS
 from moe_peft.errors import nearest, refuse
 from moe_peft.merge import on_device, routed_layers
+from moe_peft.prompts import pooled
 from moe_peft.tuners.domain_experts import DomainExperts
 from moe_peft.tuners.domain_moe import DomainMoeLinear
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from moe_peft.errors import refuse
 from moe_peft.report import short_name
 from moe_peft.routing import Routing, dense_weights
-from moe_peft.routing_control import places_of, seeing
+from moe_peft.routing_control import seeing
+from moe_peft.routing_places import places_of
 
 
 NOTHING = "-"

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from moe_peft.attach import RoutingContext
 from moe_peft.bound_rules import scaling
-from moe_peft.context import check_types, no_task_types
 from moe_peft.domain_config import ARROWS, MODEL_GATES, TRAINING_FREE, DomainMoeConfig
 from moe_peft.errors import refuse
 from moe_peft.experts import experts_decoded, experts_out, stacked_in
 from moe_peft.products import stacked_products
 from moe_peft.routing import Routing, RoutingRule, dense_weights, routing_dtype
+from moe_peft.row_types import check_types, no_task_types
 from moe_peft.rules import ROUTING_RULES, top_1_hard
 from moe_peft.selection import MASKED
 from moe_peft.tuners.router import Anchored, Router, compute_dtype

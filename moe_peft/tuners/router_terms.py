@@ -10,8 +10,8 @@ from moe_peft.attach import BalanceGradient, MicroBatch, RouterState, localized_
 from moe_peft.balance import switch_gradient
 from moe_peft.balance_terms import cv2_loss, information_loss, label_gradient, sequence_loss, token_entropy
 from moe_peft.config import MoeConfig
-from moe_peft.context import no_rows, no_task_types
 from moe_peft.routing import RoutingRule
+from moe_peft.row_types import no_rows, no_task_types
 from moe_peft.rules import null_pooled, switch_gradient_sigmoid, z_gradient
 
 
