@@ -125,6 +125,26 @@ def test_one_a_for_all_experts_is_always_used():
     assert count.active == 4 * (2 * 64 + 2 * 2 * 96 + 4 * 64)
 
 
+@pytest.mark.parametrize(
+    ("groups", "routing", "used"),
+    [(None, "given", 1), ([[0, 1], [2], [0, 2, 3]], "given", 3), ([[0], [1, 2, 3]], "softmax_top_k", 2)],
+)
+def test_a_token_uses_no_more_than_the_experts_of_its_group(groups, routing, used):
+    settings = {} if routing == "given" else {"top_k": 2}
+    config = LinearMoeConfig(
+        num_experts=4,
+        expert_groups=groups,
+        routing=routing,
+        balance="none",
+        num_shared_experts=1,
+        r=2,
+        target_modules=["up_proj"],
+        **settings,
+    )
+    count = count_parameters(get_peft_model(make_tiny_llama(), config))
+    assert count.trainable - count.active == 4 * (4 - used) * 2 * (64 + 96)
+
+
 def test_methods_are_compared_with_the_lora_on_the_same_modules():
     backbone = meta_backbone(make_tiny_llama().config)
     rows = {row.name: row for row in compare(backbone, ["task-moe", "hydralora", "mixlora"])}

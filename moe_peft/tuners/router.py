@@ -100,7 +100,7 @@ class Router(nn.Module):
         self.bound = bind_rule(config, num_null, rule)
         self.rule = self.bound()
         self.top_k, self.top_k_start = _slots(config, num_experts), config.top_k_start
-        self.visited = min(self.top_k, num_experts - num_null)
+        self.visited = min(self.top_k, _reachable(config, num_experts, num_null))
         self.router_scale, self.cosine = config.router_scale, config.scoring_func == "cosine"
         self.act = ACTIVATIONS[config.router_act] if config.router_act else None
         self.temperature_start, self.schedule_steps = config.router_temperature_start, config.schedule_steps
@@ -333,6 +333,15 @@ def _slots(config: MoeConfig, num_experts: int) -> int:
     if config.routing in TOP_1_RULES:
         return 1
     return min(config.top_k or num_experts, num_experts)
+
+
+def _reachable(config: MoeConfig, num_experts: int, num_null: int) -> int:
+    """How many experts with weights one token may choose among: those of its group, where there are groups."""
+    real = num_experts - num_null
+    if config.expert_groups is None or num_experts == 1:
+        return real
+    everybodys = real - config.experts_of_layer(num_experts)  # constant experts
+    return max(map(len, config.expert_groups)) + everybodys
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
