@@ -138,10 +138,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Every seed as a dot, joined over the allocations, and the mean as a bar."""
-    import matplotlib
+    from moe_peft.pictures import pyplot
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot()
 
     suites = list(dict.fromkeys(row["suite"] for row in rows))
     figure, axes = plt.subplots(1, len(suites), figsize=(1 + 5 * len(suites), 4.5), squeeze=False, sharey=True)

@@ -80,10 +80,9 @@ def write_report(runs: list[dict[str, Any]], folder: Path) -> None:
 
 def plot(lines: list[dict[str, Any]], path: Path) -> None:
     """A heat map per method: domains downwards, stages to the right."""
-    import matplotlib
+    from moe_peft.pictures import pyplot
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     columns = 4
     rows = -(-len(lines) // columns)

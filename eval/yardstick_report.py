@@ -131,10 +131,9 @@ def sweep_table(rows: list[dict[str, Any]]) -> str:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Every seed as a dot, the mean as a bar, for each suite and method; facts kept as diamonds."""
-    import matplotlib
+    from moe_peft.pictures import pyplot
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot()
 
     suites = list(dict.fromkeys(row["suite"] for row in rows))
     figure, axes = plt.subplots(1, len(suites), figsize=(1.5 + 4.5 * len(suites), 4.5), squeeze=False, sharey=True)

@@ -12,6 +12,7 @@ from rich.table import Table
 from moe_peft.allocating import Allocated, Layer, allocate
 from moe_peft.catalogue import RECIPE_FILE, AdapterSource, adapter_config
 from moe_peft.errors import refuse
+from moe_peft.pictures import pyplot
 from moe_peft.plain_yaml import pairs
 from moe_peft.saving import begin, put_in_place
 
@@ -158,13 +159,7 @@ def draw_allocation(found: Allocated, path: Path) -> None:
     Raises:
         ImportError: without matplotlib (`pip install "peft-moe[eval]"`).
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-    except ImportError as error:
-        raise ImportError('The picture needs matplotlib: pip install "peft-moe[eval]"') from error
+    plt = pyplot()
     by_rank = found.chosen == "rank"
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     colors = plt.get_cmap("viridis")([0.9 * i / max(1, len(found.layers) - 1) for i in range(len(found.layers))])

@@ -1,15 +1,13 @@
 """The config of `BOTTLENECK_MOE`: named bottleneck adapters beside chosen FFNs, a gate, and a task's LoRA (MixDA)."""
 
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftConfig
 from peft.utils import PeftType
 
 from moe_peft.config_checks import check_booleans, check_layers, is_count, is_number
 from moe_peft.errors import nearest, refuse
-from moe_peft.saving import check_weights
+from moe_peft.plugin_config import PluginConfig
 
 
 GATES = ("mlp", "sigmoid", "none")
@@ -26,7 +24,7 @@ REDUCTION = 16
 
 
 @dataclass
-class BottleneckMoeConfig(PeftConfig):
+class BottleneckMoeConfig(PluginConfig):
     """Bottleneck adapters for named domains, beside the second linear layer of chosen FFNs (MixDA,
     https://huggingface.co/papers/2306.05406), with a gate over them and a plain LoRA for the task.
 
@@ -104,28 +102,11 @@ class BottleneckMoeConfig(PeftConfig):
     )
     plugin: str = field(default="moe_peft", metadata={"help": "The package to import before loading this adapter."})
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        # PEFT drops an unknown key with a warning and trains the default; here it is an error.
-        known = {f.name for f in fields(cls)}
-        for key in kwargs:
-            if key not in known:
-                raise ValueError(f"`{key}` is not a field of {cls.__name__}. {nearest(key, known)}")
-        return super().__new__(cls)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> PeftConfig:
-        """As PEFT's, which also comes first when weights are loaded: damaged ones are refused here."""
-        check_weights(Path(pretrained_model_name_or_path, subfolder or ""))
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType["BOTTLENECK_MOE"]
-        for name in ("target_modules", "exclude_modules", "task_modules"):
-            value = getattr(self, name)
-            setattr(self, name, set(value) if isinstance(value, list) else value)
+        if isinstance(self.task_modules, list):
+            self.task_modules = set(self.task_modules)
         check_booleans(self)
         check_domains(self.domains)
         _check_gate(self)

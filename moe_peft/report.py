@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moe_peft.errors import refuse
 from moe_peft.merge import on_device, routed_layers
+from moe_peft.pictures import pyplot
 from moe_peft.watch import DEAD_SHARE
 
 
@@ -226,13 +227,7 @@ def heat_map(report: RoutingReport, path: Path, title: str = "Which expert answe
     Raises:
         ImportError: without matplotlib and scipy (`pip install "peft-moe[eval]"`).
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-    except ImportError as error:
-        raise ImportError('The picture needs matplotlib: pip install "peft-moe[eval]"') from error
+    plt = pyplot()
     best = report.most_telling_layer()
     layers, projections, values = _grid(report)
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.6), width_ratios=(1.15, 1), layout="constrained")

@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.table import Table
 
 from moe_peft.merging.walk import Measured
+from moe_peft.pictures import pyplot
 from moe_peft.report import short_name
 
 
@@ -41,13 +42,7 @@ def error_plot(
     Raises:
         ImportError: without matplotlib (`pip install "peft-moe[eval]"`).
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-    except ImportError as error:
-        raise ImportError('The picture needs matplotlib: pip install "peft-moe[eval]"') from error
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for name, layers in errors.items():
         axes.plot(range(len(layers)), list(layers.values()), marker="o", label=name)
