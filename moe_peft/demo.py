@@ -21,12 +21,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import AutoConfig, TrainerCallback
 
-from moe_peft.agreement import Agreement, measure_agreement
 from moe_peft.budget import budget_line, count_parameters, equal_budget_lora, fit_to_budget, meta_backbone
 from moe_peft.catalogue import from_catalogue
-from moe_peft.inspecting import agreement_table, rank_range
 from moe_peft.loaded import collate
-from moe_peft.merge import fit_static, instead_of_routing, save_static
+from moe_peft.merge import instead_of_routing, save_static
+from moe_peft.merging.methods import merge_static
+from moe_peft.merging.table import kept, merge_table
 from moe_peft.pocket import POCKET_DIR, Row, Suite, exact_match, knowledge_probe, make_suite, per_domain
 from moe_peft.report import health_table, heat_map, routing_report, verdict
 from moe_peft.saving import save_adapter
@@ -121,15 +121,14 @@ def run(output_dir: Path, seed: int = 0, steps: int = 300, console: Console | No
     console.print(f"molora: {budget_line(adapted)}.\n")
     adapted.eval()
     reload_error = _prove_reload(console, adapted, tokenizer, suite, output_dir / "molora")
-    agreement, merged = _merge(console, adapted, tokenizer, suite, output_dir / "merged_lora")
+    merged = _merge(console, adapted, tokenizer, suite, output_dir / "merged_lora")
     _report(console, adapted, tokenizer, suite, output_dir)
     result = {
         "seed": seed,
         "steps": steps,
         "scores": {name: row._asdict() for name, row in table.items()},
         "reload_max_logit_difference": reload_error,
-        "merge": agreement._asdict(),
-        "merged_exact_match": merged,
+        "merge": merged,
         "seconds": time.monotonic() - started,
     }
     (output_dir / "demo.json").write_text(json.dumps(result, indent=1))
@@ -194,6 +193,10 @@ def _batch(tokenizer: Any, rows: list[Row]) -> dict[str, torch.Tensor]:
     return {key: value.to(device) for key, value in batch.items()}
 
 
+def _batches(tokenizer: Any, rows: list[Row]) -> list[dict[str, torch.Tensor]]:
+    return [_batch(tokenizer, rows[i : i + 64]) for i in range(0, len(rows), 64)]
+
+
 def _fresh_process_logits(code: str, adapter: Path, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     with tempfile.TemporaryDirectory() as folder:
         rows, logits = Path(folder) / "rows.pt", Path(folder) / "logits.pt"
@@ -215,32 +218,26 @@ def _prove_reload(console: Console, model: PeftModel, tokenizer: Any, suite: Sui
     return difference
 
 
-def _merge(
-    console: Console, model: PeftModel, tokenizer: Any, suite: Suite, folder: Path
-) -> tuple[Agreement, dict[str, float]]:
-    """One plain LoRA in place of the routed adapter, and what it costs."""
+def _merge(console: Console, model: PeftModel, tokenizer: Any, suite: Suite, folder: Path) -> dict[str, Any]:
+    """One plain LoRA in place of the routed adapter, as `moe-peft merge` makes it, and what it costs."""
     half = len(suite.train) // 2
-    calibration = [_batch(tokenizer, suite.train[i : i + 64]) for i in range(0, half, 64)]
-    held_out = [_batch(tokenizer, suite.train[i : i + 64]) for i in range(half, len(suite.train), 64)]
-    factors = fit_static(model, calibration)
-    agreement = measure_agreement(model, factors, held_out)
-    with instead_of_routing(model, factors):
-        merged = exact_match(model, tokenizer, suite.test)
-    routed = exact_match(model, tokenizer, suite.test)
-    with model.disable_adapter():
-        base = exact_match(model, tokenizer, suite.test)
-    scores = {name: sum(m) / len(m) for name, m in (("base", base), ("routed", routed), ("merged", merged))}
-    save_static(factors, folder, str(POCKET_DIR))
-    console.print(agreement_table(agreement, rank_range(factors), scores))
+    calibration = _batches(tokenizer, suite.train[:half])
+    merged = merge_static(
+        model, calibration, _batches(tokenizer, suite.train[half:]), scored=_batches(tokenizer, suite.test)
+    ).measured
+    save_static(merged.factors, folder, str(POCKET_DIR))
+    rank = max(len(factors.A) for factors in merged.factors.values())
+    console.print(merge_table(merged, f"One plain LoRA of rank {rank} in place of the routers"))
+    console.print(kept(merged))
     console.print(
-        "A routed adapter is no weight: what the merge loses is printed, not hidden. Serve it routed to keep it."
+        "What it loses is printed, not hidden. Serve the adapter routed (`moe-peft serve`) to keep all of it."
     )
     batch = _batch(tokenizer, suite.test[:16])
-    with torch.no_grad(), instead_of_routing(model, factors):
+    with torch.no_grad(), instead_of_routing(model, merged.factors):
         here = model(**batch).logits.cpu()
     difference = float((_fresh_process_logits(_RELOAD_PLAIN, folder, batch) - here).abs().max())
     console.print(f"{folder} loads with stock PEFT, without this package; logits differ by {difference:.1g}.\n")
-    return agreement, scores
+    return {name: figures._asdict() for name, figures in merged.figures.items()}
 
 
 def _report(console: Console, model: PeftModel, tokenizer: Any, suite: Suite, output_dir: Path) -> None:

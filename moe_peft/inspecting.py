@@ -7,13 +7,12 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoConfig
 
-from moe_peft.agreement import Agreement
 from moe_peft.bottleneck_config import REDUCTION, BottleneckMoeConfig
 from moe_peft.budget import count_parameters, equal_budget_lora, meta_backbone
 from moe_peft.config import MoeConfig
 from moe_peft.domain_config import DomainMoeConfig
 from moe_peft.loaded import batches_of, load_adapter
-from moe_peft.merge import Factors, routed_layers
+from moe_peft.merge import routed_layers
 from moe_peft.report import health_table, heat_map, routing_report, verdict
 from moe_peft.shard_config import ShardPoolConfig
 
@@ -108,33 +107,3 @@ def _equal_rank(backbone: nn.Module, budget: int, modules: list[str]) -> str:
         return f"r = {equal_budget_lora(backbone, budget, modules).r}"
     except ValueError:
         return "less than r = 1"
-
-
-def rank_range(factors: dict[str, Factors]) -> str:
-    """The rank of the static LoRA, or "8 to 32" where layers differ."""
-    ranks = {f.A.shape[0] for f in factors.values()}
-    return str(min(ranks)) if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
-
-
-def agreement_table(agreement: Agreement, rank: str, scores: dict[str, float] | None = None) -> Table:
-    """Base, routed and merged model beside each other.
-
-    Args:
-        scores: exact match of "base", "routed" and "merged", where it was measured.
-    """
-    a = agreement
-    shown = Table(
-        title=f"Static merge into one plain LoRA of rank {rank}",
-        caption=f"on {a.tokens} tokens it was not fitted to",
-    )
-    for title in ("", "loss", "KL from routed", "same top token", *(["exact match"] if scores else [])):
-        shown.add_column(title, justify="right")
-    rows = (
-        ("base", a.loss_base, a.kl_base, a.top1_base),
-        ("routed", a.loss_routed, 0.0, 1.0),
-        ("merged", a.loss_merged, a.kl_merged, a.top1_merged),
-    )
-    for name, loss, kl, top1 in rows:
-        exact = [f"{scores[name]:.0%}"] if scores else []
-        shown.add_row(name, f"{loss:.3f}", f"{kl:.3f}", f"{top1:.0%}", *exact)
-    return shown

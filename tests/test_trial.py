@@ -65,7 +65,7 @@ def test_the_demo_runs_from_end_to_end(tmp_path):
     budgets = [row["trainable"] for name, row in result["scores"].items() if name != "base"]
     assert max(budgets) <= 1.05 * min(budgets)
     assert result["scores"]["base"]["knowledge"] > 0.95
-    assert result["merge"]["tokens"] > 0
+    assert result["merge"]["routed"]["kl"] == 0.0 < result["merge"]["base"]["kl"]
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"molora", "merged_lora", "routing.png", "routing.json", "demo.json"} <= written
     assert json.loads((tmp_path / "out" / "demo.json").read_text())["steps"] == 3
