@@ -263,22 +263,36 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+def measure(trials: Trials, method: str, suite: str, arguments: Any) -> tuple[Sweep, list[dict[str, Any]]] | None:
+    """The rate by the sweep, and the trials at it; None where some are missing and may not be run."""
+    found = find_rate(trials, method, suite, arguments)
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    done = found and trials.run([job(method, suite, found.rate, s, arguments) for s in seeds], arguments.workers)
+    return (found, done) if found and done else None
+
+
+def reported(arguments: Any) -> list[dict[str, Any]]:
+    """Rows of every method that is whole on disk, also of those that this call was not about: one table for all."""
+    trials = Trials(arguments.output / "trials.jsonl", train=False)
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    sweeps: dict[tuple[str, str], Sweep] = {}
+    suites = dict.fromkeys((*DIFFICULTY, *arguments.suites))
+    for suite in suites:
+        for method in METHODS:
+            if measured := measure(trials, method, suite, arguments):
+                sweeps[suite, method], runs[suite, method] = measured
+    return [row for suite in suites for row in summarise(suite, runs, sweeps)]
+
+
 def main() -> None:
     arguments = parse_arguments()
     trials = Trials(arguments.output / "trials.jsonl", train=not arguments.report)
-    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
-    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    sweeps: dict[tuple[str, str], Sweep] = {}
     # One method after another, on every suite: what an interrupted run has, it has whole.
-    for method in arguments.methods:
-        for suite in arguments.suites:
-            found = find_rate(trials, method, suite, arguments)
-            done = found and trials.run(
-                [job(method, suite, found.rate, s, arguments) for s in seeds], arguments.workers
-            )
-            if found and done:
-                runs[suite, method], sweeps[suite, method] = done, found
-    rows = [row for suite in arguments.suites for row in summarise(suite, runs, sweeps)]
+    if not arguments.report:
+        for method in arguments.methods:
+            for suite in arguments.suites:
+                measure(trials, method, suite, arguments)
+    rows = reported(arguments)
     if not rows:
         raise SystemExit(f"{trials.path} holds no trials of these methods and suites; run without --report first.")
     settings = {"steps": arguments.steps, "budget": arguments.budget, "batch": 32, "difficulty": DIFFICULTY}

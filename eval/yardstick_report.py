@@ -134,9 +134,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from moe_peft.pictures import pyplot
 
     plt = pyplot()
-
     suites = list(dict.fromkeys(row["suite"] for row in rows))
-    figure, axes = plt.subplots(1, len(suites), figsize=(1.5 + 4.5 * len(suites), 4.5), squeeze=False, sharey=True)
+    most = max(sum(row["suite"] == suite for row in rows) for suite in suites)
+    width = max(4.5, 0.45 * most)
+    figure, axes = plt.subplots(1, len(suites), figsize=(1.5 + width * len(suites), 5), squeeze=False, sharey=True)
     for axis, suite in zip(axes[0], suites, strict=True):
         chosen = [row for row in rows if row["suite"] == suite]
         for x, row in enumerate(chosen):
@@ -144,7 +145,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             axis.bar(x, row["mean"], width=0.6, color=color, alpha=0.6)
             axis.plot([x] * len(row["scores"]), row["scores"], "o", color="black", markersize=4, alpha=0.7)
             axis.plot(x, row["knowledge"], "D", color="#d95f02", markersize=6)
-        axis.set_xticks(range(len(chosen)), [row["method"] for row in chosen], rotation=20)
+        axis.set_xticks(range(len(chosen)), [row["method"] for row in chosen], rotation=45, ha="right")
         axis.set_title(suite)
         axis.set_ylim(0, 1.02)
     axes[0][0].set_ylabel("exact match: each seed (dot), mean (bar)\nold facts kept (diamond)")
