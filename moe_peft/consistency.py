@@ -1,4 +1,5 @@
-"""MoSA's consistency term: two passes that drew different parts should say the same (arXiv:2312.02923).
+"""MoSA's consistency term: two passes that drew different parts should say the same (arXiv:2312.02923); THOR's for experts
+drawn by lot is of the same form (arXiv:2110.04260), with the cross entropy of the second pass beside it.
 
     loss = cross entropy of the first pass + weight * (KL(p1 || p2) + KL(p2 || p1)) / 2,    each target detached
 

@@ -5,7 +5,7 @@ import torch
 from conftest import make_tiny_llama
 from peft import get_peft_model
 
-from moe_peft import ConsistencyLoss, ShardPoolConfig, consistency_loss
+from moe_peft import ConsistencyLoss, LinearMoeConfig, ShardPoolConfig, consistency_loss
 from moe_peft.consistency import symmetric_kl
 from moe_peft.pocket.tokenizer import make_tokenizer
 
@@ -58,10 +58,20 @@ def test_a_bad_weight_is_refused(weight):
         ConsistencyLoss(make_tiny_llama(layers=1), weight)
 
 
+def model_of_experts_by_lot():
+    """THOR, whose consistency term is of the same form."""
+    torch.manual_seed(2)
+    config = LinearMoeConfig(
+        num_experts=2, routing="random", balance="none", r=4, target_modules=["up_proj"], init_weights=False
+    )
+    return get_peft_model(make_tiny_llama(layers=2), config)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_two_passes_draw_for_themselves_and_both_learn(tokens, checkpointing):
+@pytest.mark.parametrize("made", [lambda: split_model(init_weights=False), model_of_experts_by_lot])
+def test_two_passes_draw_for_themselves_and_both_learn(tokens, made, checkpointing):
     """The trainer's calls by hand: the loss is that of two passes with the generator where it was."""
-    model = split_model(init_weights=False).train()
+    model = made().train()
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
