@@ -235,8 +235,10 @@ def serve(
     ] = None,
     max_new_tokens_limit: Annotated[int, typer.Option(help="The most tokens that a request may ask for.")] = 4096,
     max_body_bytes: Annotated[int, typer.Option(help="The longest request.")] = 2**20,
+    max_requests: Annotated[int, typer.Option(help="That are answered or wait at one time; others get a 503.")] = 256,
 ) -> None:
     """A trained adapter as an OpenAI-compatible server on this machine, routed as it was trained."""
     from moe_peft.serving.command import serve_bundle
 
-    serve_bundle(Console(), folder, host, port, continuous_batching, max_new_tokens_limit, max_body_bytes)
+    limits = (max_new_tokens_limit, max_body_bytes, max_requests)
+    serve_bundle(Console(), folder, host, port, continuous_batching, *limits)

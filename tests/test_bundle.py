@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from moe_peft import FfnMoeConfig, LinearMoeConfig, RankMoeConfig, ShardPoolConfig, cli
 from moe_peft.backbone import keep_trainable, load_backbone
 from moe_peft.loaded import load_adapter
+from moe_peft.merging.writing import write_record
 from moe_peft.pocket import POCKET_DIR
 from moe_peft.saving import save_adapter
 from moe_peft.serving.bundle import RECORD_FILE, open_bundle, write_bundle
@@ -44,6 +45,17 @@ def adapter(tmp_path_factory):
 @pytest.fixture
 def bundle(adapter, tmp_path):
     return write_bundle(str(adapter), tmp_path / "bundle").folder
+
+
+def test_a_merge_that_was_changed_since_is_not_bundled(tmp_path):
+    folder = make_adapter(tmp_path / "adapter", "lora")
+    write_record(folder, {"method": "ls"})
+    write_bundle(str(folder), tmp_path / "as_it_was")
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="`adapter_model.safetensors` of .* was changed after its record was written"):
+        write_bundle(str(folder), tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -57,7 +57,9 @@ def test_a_merge_ends_in_a_table_a_record_and_a_picture(folder, tmp_path, capsys
     merge = ("merge", folder / "linears", "--calibration", rows, "--output", out, "--rank", 4)
     assert run(*merge, "--eval", rows, "--max-kl", 50) == 0
     said = " ".join(capsys.readouterr().out.split())
-    for words in ("Static merge into one plain LoRA of rank 4", "KL from routed", "exact match", "s for each layer"):
+    served = f"vllm serve {POCKET_DIR} --enable-lora --lora-modules plain={out}"
+    table = ("Static merge into one plain LoRA of rank 4", "KL from routed", "exact match", "s for each layer")
+    for words in (*table, served):
         assert words in said
     record = check_record(out)
     assert list(record["models"]) == ["base", "routed", "merged"]

@@ -29,7 +29,7 @@ uvicorn = pytest.importorskip("uvicorn", reason="the server's extra is not insta
 pytest.importorskip("fastapi", reason="the server's extra is not installed: pip install 'peft-moe[serve]'")
 
 from moe_peft.serving import switches  # noqa: E402
-from moe_peft.serving.app import make_app, whole_stream  # noqa: E402
+from moe_peft.serving.app import Around, make_app, whole_stream  # noqa: E402
 from moe_peft.serving.bundle import open_bundle, write_bundle  # noqa: E402
 from moe_peft.serving.command import is_loopback, listen_at  # noqa: E402
 from moe_peft.serving.engine import Engine, second_skeleton, why_not_batched  # noqa: E402
@@ -282,6 +282,46 @@ def test_a_long_body_without_a_length_is_refused_as_well(served):
 
     status, answer = raw(client, "POST", "/v1/chat/completions", pieces())
     assert (status, "longer than" in answer["error"]["message"]) == (413, True)
+
+
+def test_more_requests_at_one_time_than_allowed_get_a_503():
+    """Held back inside, two are there; the third is refused, and taken once one has ended. Others than POST come in."""
+    import asyncio
+
+    async def run():
+        go, answers = asyncio.Event(), []
+
+        async def inside(scope, receive, send):
+            await go.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        around = Around(inside, limit=64, most=2)
+
+        async def ask(method="POST"):
+            seen = []
+
+            async def send(message):
+                seen.append(message)
+
+            async def receive():
+                return {"type": "http.request", "body": b"{}", "more_body": False}
+
+            await around({"type": "http", "method": method, "headers": []}, receive, send)
+            answers.append(seen)
+            return seen[0]["status"], dict(seen[0]["headers"]), seen[-1].get("body", b"")
+
+        waiting = [asyncio.create_task(ask()) for _ in range(2)]
+        listed = asyncio.create_task(ask("GET"))
+        await asyncio.sleep(0)
+        refused = await ask()
+        assert len(answers) == 1
+        go.set()
+        return refused, [(await task)[0] for task in waiting], (await listed)[0], (await ask())[0]
+
+    refused, others, listed, after = asyncio.run(run())
+    assert (refused[0], refused[1][b"retry-after"]) == (503, b"1")
+    assert "2 requests are being answered or wait" in json.loads(refused[2])["error"]["message"]
+    assert (others, listed, after) == ([200, 200], 200, 200)
 
 
 def test_a_stream_ends_as_openai_ends_it(served):

@@ -36,6 +36,7 @@ from moe_peft.merging.writing import (
     write_record,
 )
 from moe_peft.plain_lora import is_plain, lora_factors
+from moe_peft.portable_lora import max_lora_rank_flag
 from moe_peft.tuners.bottleneck_moe import not_linear
 from moe_peft.tuners.ffn_moe import FfnMoeLinear
 
@@ -293,6 +294,8 @@ def _write(
     for sentence in said:
         console.print(sentence)
     console.print(_written(options, factors, exact=not records))
+    if plan is None:
+        console.print(_served(options, base, factors), highlight=False, markup=False, soft_wrap=True)
 
 
 def _written(options: Options, factors: dict[str, dict[str, Factors]], exact: bool) -> str:
@@ -303,8 +306,19 @@ def _written(options: Options, factors: dict[str, dict[str, Factors]], exact: bo
         several = f"{len(factors)} plain PEFT LoRAs, one for each domain," if len(factors) > 1 else "a plain PEFT LoRA"
         what = f"{several} of rank {rank}"
     if exact:
-        return f"Written to {options.output}: {what}, which computes what the adapter computes, exactly."
-    return f"Written to {options.output}: {what}. A routed adapter is no weight; above is what the merge loses."
+        said = f"Written to {options.output}: {what}, which computes what the adapter computes, exactly."
+    else:
+        said = f"Written to {options.output}: {what}. A routed adapter is no weight; above is what the merge loses."
+    return said
+
+
+def _served(options: Options, base: str | None, factors: dict[str, dict[str, Factors]]) -> str:
+    """The command by which vLLM takes what was written."""
+    rank = max(len(f.A) for its in factors.values() for f in its.values())
+    folders = [options.output] if list(factors) == ["all"] else [options.output / folder_name(d) for d in factors]
+    loras = " ".join(f"{folder.name}={folder}" for folder in folders)
+    flag = max_lora_rank_flag(rank)
+    return f"In vLLM: vllm serve {base or 'BASE'} --enable-lora {f'{flag} ' if flag else ''}--lora-modules {loras}"
 
 
 def folder_name(domain: str) -> str:

@@ -7,11 +7,12 @@ from typing import Any
 
 from moe_peft.export.checkpoint import sha256
 from moe_peft.merge import Factors, save_static
+from moe_peft.portable_lora import VLLM_RANKS
 
 
 RECORD_FILE = "moe_peft_merge.json"
 PLOT_FILE = "moe_peft_merge.png"
-LARGEST_RANK = 512
+LARGEST_RANK = VLLM_RANKS[-1]
 """vLLM's largest `--max-lora-rank`; SGLang and llama.cpp take any."""
 
 

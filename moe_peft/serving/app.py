@@ -23,12 +23,17 @@ _ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
 """Of transformers' routes those that concern one model. Others load models from the Hub, or unload this one."""
 
 
-def make_app(engine: Engine, max_body_bytes: int) -> FastAPI:
+MAX_REQUESTS = 256
+"""That are answered or wait at one time, unless told otherwise. OpenAI's own client tries again twice after a 503."""
+
+
+def make_app(engine: Engine, max_body_bytes: int, max_requests: int = MAX_REQUESTS) -> FastAPI:
     """The server's application.
 
     Args:
         engine: with the model.
         max_body_bytes: longer requests are refused with 413, before they are read.
+        max_requests: that are answered or wait at one time; further ones are refused with 503.
     """
     chat = Front(engine, Chat, check_chat)
     completion = Front(engine, Completion, check_completion)
@@ -42,7 +47,7 @@ def make_app(engine: Engine, max_body_bytes: int) -> FastAPI:
     app.add_exception_handler(Exception, _failed)
     # transformers' only middleware gives a request its id, at a tenth of a millisecond for every piece of a stream.
     app.user_middleware[:] = []
-    app.add_middleware(Around, limit=max_body_bytes)
+    app.add_middleware(Around, limit=max_body_bytes, most=max_requests)
     return app
 
 
@@ -140,16 +145,32 @@ async def whole_stream(chunks: AsyncIterator[Any]) -> AsyncIterator[Any]:
 class Around:
     """Gives a request its id, and reads its body up to a limit before anything else sees it.
 
-    A longer body is answered with 413.
+    A longer body is answered with 413, and a request above the most at one time with 503.
     """
 
-    def __init__(self, app: Any, limit: int) -> None:
-        self.app, self.limit = app, limit
+    def __init__(self, app: Any, limit: int, most: int = MAX_REQUESTS) -> None:
+        self.app, self.limit, self.most, self.there = app, limit, most, 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if scope["method"] != "POST":  # health and the list of models wait for nobody
+            await self._within_limit(scope, receive, send)
+            return
+        if self.there >= self.most:
+            sentence = f"{self.there} requests are being answered or wait, the most that this server takes at one time. Send this one again, or start the server with a larger --max-requests."
+            headers = {"retry-after": "1", "connection": "close"}
+            answer = JSONResponse(_error(sentence, None, "server_error"), status_code=503, headers=headers)
+            await answer(scope, receive, send)
+            return
+        self.there += 1
+        try:
+            await self._within_limit(scope, receive, send)
+        finally:
+            self.there -= 1
+
+    async def _within_limit(self, scope: Any, receive: Any, send: Any) -> None:
         said = dict(scope["headers"]).get(b"content-length", b"0")
         body, more = bytearray(), not (said.isdigit() and int(said) > self.limit)
         too_long = not more

@@ -25,6 +25,7 @@ from moe_peft.export.plan import trained_in
 from moe_peft.export.stock_moe import carry
 from moe_peft.export.writer import check_is_free, check_space, remove_abandoned, whole_folder
 from moe_peft.exporting import named_base
+from moe_peft.merging.writing import check_record
 
 
 RECORD_FILE = "moe_peft_bundle.json"
@@ -71,7 +72,7 @@ def write_bundle(
         any_base: also where the training log says that the adapter was trained on other weights.
 
     Raises:
-        ValueError: no adapter, no base, a base of another shape or with other weights than in training, an output that
+        ValueError: no adapter, one that was changed after a merge wrote its record, no base, a base of another shape or with other weights than in training, an output that
             is in use, a setting that does not exist, or a disk that is full.
     """
     out = Path(output).expanduser()
@@ -81,6 +82,7 @@ def write_bundle(
     base_name = model or named_base(adapter)
     source, base = local_folder(adapter), local_folder(model_path(base_name))
     check_adapter(source)
+    check_record(source)
     weights = Checkpoint(base)
     hashes = base_sha256(base)
     if not any_base:

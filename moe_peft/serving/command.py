@@ -41,6 +41,7 @@ def serve_bundle(
     continuous_batching: bool | None,
     max_new_tokens_limit: int,
     max_body_bytes: int,
+    max_requests: int,
 ) -> None:
     """Serve a bundle until somebody ends the process.
 
@@ -52,6 +53,7 @@ def serve_bundle(
     for name, value, least in (
         ("--max-new-tokens-limit", max_new_tokens_limit, 1),
         ("--max-body-bytes", max_body_bytes, 64),
+        ("--max-requests", max_requests, 1),
     ):
         if value < least:
             raise refuse(name, value, f"a whole number of at least {least}", "Leave it out for the default.")
@@ -67,21 +69,23 @@ def serve_bundle(
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()  # its handlers warn of every request
         engine = Engine(open_bundle(folder), max_new_tokens_limit, continuous_batching)
-        for line in announcement(engine, listening, max_body_bytes):
+        for line in announcement(engine, listening, max_body_bytes, max_requests):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         try:
-            config = uvicorn.Config(make_app(engine, max_body_bytes), log_level="warning", access_log=False)
+            config = uvicorn.Config(
+                make_app(engine, max_body_bytes, max_requests), log_level="warning", access_log=False
+            )
             uvicorn.Server(config).run(sockets=[listening])
         finally:
             engine.stop()
 
 
-def announcement(engine, listening: socket.socket, max_body_bytes: int) -> list[str]:
+def announcement(engine, listening: socket.socket, max_body_bytes: int, max_requests: int) -> list[str]:
     """What the console says before the first request."""
     host, port = listening.getsockname()[:2]
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     batches = "in batches" if engine.batches else f"one after the other, as {engine.unbatched}"
-    limits = f"at most {engine.limits.max_new_tokens} new tokens and {max_body_bytes} bytes a request"
+    limits = f"at most {engine.limits.max_new_tokens} new tokens and {max_body_bytes} bytes a request, {max_requests} requests at one time"
     said = [
         f"Serving '{engine.name}' at {where}: chat/completions, completions, models. Ctrl-C ends it.",
         f"Requests are answered {batches}; {limits}.",
