@@ -26,16 +26,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from yardstick import DIFFICULTY, FFN, METHODS, Method, config_for  # noqa: E402
+from yardstick import DIFFICULTY, METHODS, config_for  # noqa: E402
 
 
 RESULTS = Path(__file__).parent / "results" / "merge"
 SUITE, BUDGET, STEPS = "fact8tag", 190_000, 300
 ADAPTERS = {  # the yardstick's own settings and the rate of its sweep
     "loramoe": (METHODS["loramoe"], 0.0045),
-    "mola": (METHODS["mola"], 0.0045),
-    "smora": (METHODS.get("smora", Method("smora", "smora", FFN, {"lora_dropout": 0.0, "lora_alpha": 32})), 0.0045),
-    "mixlora": (METHODS["mixlora"], 0.00675),
+    "mola": (METHODS["mola"], 0.00675),
+    "smora": (METHODS["smora"], 0.003),
+    "mixlora": (METHODS["mixlora"], 0.0045),
 }
 WAYS = (
     "usage",
@@ -116,19 +116,25 @@ def run_adapter(name: str, seed: int, ways: list[str], trials: Trials) -> None:
 
 def merged(model: Any, way: str, adapter: str, batches: dict[str, Any]) -> dict[str, Any]:
     """One merge and its figures."""
+    from moe_peft.merge import fit_static
     from moe_peft.merging.decoder import Decoder
     from moe_peft.merging.methods import merge_static, total_rank
+    from moe_peft.merging.walk import walk
 
     method = way.split(",")[0]
     rank = 16 if "rank 16" in way else None
     if adapter == "mixlora" and rank is None and way != "ls, dense":
         rank = total_rank(Decoder(model))  # as `moe-peft merge` has it for a plain LoRA
     tokens = "answers" if "answers" in way else "all"
-    result = merge_static(model, **batches, method=method, rank=rank, tokens=tokens)
-    figures = {name: f._asdict() for name, f in result.measured.figures.items()}
-    ranks = [len(f.A) for f in result.measured.factors.values()]
-    ridges = {f"{alpha:g}": kl for alpha, kl in result.ridges.items()}
-    return {**figures, "rank": [min(ranks), max(ranks)], "ridges": ridges, "layers": result.measured.layer_error}
+    if method == "subspace":  # measured here, and for that reason no method of `moe-peft merge`
+        factors = fit_static(model, batches["calibration"], rank)
+        measured, tried = walk(Decoder(model), batches["held_out"], factors, scored=batches["scored"]), {}
+    else:
+        measured, tried, _ = merge_static(model, **batches, method=method, rank=rank, tokens=tokens)
+    figures = {name: f._asdict() for name, f in measured.figures.items()}
+    ranks = [len(f.A) for f in measured.factors.values()]
+    ridges = {f"{alpha:g}": kl for alpha, kl in tried.items()}
+    return {**figures, "rank": [min(ranks), max(ranks)], "ridges": ridges, "layers": measured.layer_error}
 
 
 def per_domain(model: Any, tokenizer: Any, suite: Any, text: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def merge(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="ls (the default), usage, learned, distill, ls+distill or subspace; see the README."),
+        typer.Option(help="ls (the default), usage, learned, distill or ls+distill; see the README."),
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Of the plain LoRA; by default all directions are kept.")] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Whole weights in place of a plain LoRA.")] = False,

@@ -66,9 +66,7 @@ def test_every_method_ends_in_figures_of_three_models(method):
     assert (len(merged.ridges) == 3) == method.startswith("ls")
 
 
-def test_an_ffn_mixture_has_no_subspace_and_no_method_is_guessed():
-    with pytest.raises(ValueError, match="`method` is 'subspace', but must be another one for an FFN mixture"):
-        merge_static(adapted("ffn"), text(1), text(1), "subspace")
+def test_no_method_is_guessed():
     with pytest.raises(ValueError, match="Did you mean 'distill'?"):
         merge_static(adapted("ffn"), text(1), text(1), "distil")
     with pytest.raises(ValueError, match="`steps` is 0, but must be"):

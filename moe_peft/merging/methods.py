@@ -6,15 +6,14 @@ from typing import Any, NamedTuple
 from peft import PeftModel
 
 from moe_peft.errors import nearest, refuse
-from moe_peft.merge import Batch, fit_static
+from moe_peft.merge import Batch
 from moe_peft.merging.decoder import Decoder
 from moe_peft.merging.measures import predicting, real
 from moe_peft.merging.recovery import STEPS, distill, learned_mixing
 from moe_peft.merging.walk import Fit, Measured, Resident, sequential, walk
-from moe_peft.tuners.ffn_moe import FfnMoeLinear
 
 
-METHODS = ("ls", "usage", "learned", "distill", "ls+distill", "subspace")
+METHODS = ("ls", "usage", "learned", "distill", "ls+distill")
 """Of `moe-peft merge --method`:
 
 ls          sequential least squares, the ridge chosen on held-out text
@@ -22,7 +21,9 @@ usage       each expert's mean weight
 learned     one learnt weight for each expert of each linear, from usage (XFT)
 distill     factors trained towards the routed model, from usage
 ls+distill  the same, from ls
-subspace    least squares among the experts' own directions, all layers at once (`moe_peft.merge.fit_static`)
+
+Least squares among the experts' own directions, all layers at once (`moe_peft.merge.fit_static`), was measured beside these
+and is none of them: it ends twice as far from the routed model as "ls" (`eval/results/merge/summary.md`).
 """
 
 
@@ -82,7 +83,7 @@ def merge_static(
     check_settings(method, rank)
     progress = progress or Progress()
     decoder = Decoder(model, adapter_name)
-    check_adapter(model, decoder, method)
+    check_adapter(model, decoder)
     count = sum(int((real(batch) if tokens == "all" else predicting(batch)).sum()) for batch in calibration)
     check_text(decoder, count)
     if resident is not None and method not in ("ls", "usage"):
@@ -92,8 +93,6 @@ def merge_static(
     walked: dict[str, Any] = {"scored": scored, "on_layer": progress.on_layer, "tokens": tokens}
     if resident is not None:
         walked["resident"] = resident
-    if method == "subspace":
-        return Merged(walk(decoder, held_out, fit_static(model, calibration, rank), **walked), {}, count)
     if method == "ls":
         best, ridges = sequential(decoder, calibration, held_out, rank, **walked)
         return Merged(best, ridges, count)
@@ -120,7 +119,7 @@ def check_settings(method: str, rank: int | None) -> None:
         raise refuse("rank", rank, "a whole number of at least 1, or None", "None keeps every direction.")
 
 
-def check_adapter(model: PeftModel, decoder: Decoder, method: str) -> None:
+def check_adapter(model: PeftModel, decoder: Decoder) -> None:
     """Refuse what static factors could not carry, before anything is computed."""
     layers = [layer for block in decoder.adapted for layer in block.values()]
     name = decoder.adapter_name
@@ -134,9 +133,6 @@ def check_adapter(model: PeftModel, decoder: Decoder, method: str) -> None:
         if getattr(config, field, None):
             remedy = "The merge would lose the weights that were trained there: serve the adapter routed."
             raise refuse(field, getattr(config, field), "None for a static merge", remedy)
-    if method == "subspace" and any(isinstance(layer, FfnMoeLinear) for layer in layers):
-        remedy = "The experts of an FFN mixture differ inside the non-linearity: take 'ls' or 'ls+distill'."
-        raise refuse("method", method, "another one for an FFN mixture", remedy)
 
 
 def check_text(decoder: Decoder, tokens: int) -> None:
