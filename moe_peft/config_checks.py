@@ -22,8 +22,11 @@ ELSEWHERE = {
     "use_dora": "DoRA rescales the rows of the whole weight W + s B A. A mixture of such experts needs the row norms of W + "
     "s B_e A_e for every expert at every step, and is not linear in the experts, so that no merge and no export here would "
     "hold for it. Leave it out; `use_rslora` goes with experts.",
+    "rank_pattern": "`r` says the rank of each layer, as groups ('4:8') or a list, and the modules of one layer have one "
+    "rank. Give those that need another an adapter of their own.",
+    "alpha_pattern": "`lora_alpha` is one number here; the scale of a layer is `lora_alpha` over the `r` of that layer.",
 }
-"""Fields of `LoraConfig` that people may well ask for -> why they have no place in a mixture."""
+"""Fields of `LoraConfig` that people may well ask for -> why they have no place in a mixture, or what is there instead."""
 
 
 def check_init(config: Any) -> None:
@@ -57,8 +60,31 @@ def is_count(value: Any, least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+def _check_names(name: str, value: Any) -> None:
+    """A word where PEFT iterates over names is read letter by letter: `modules_to_save="lm_head"` would train every module
+    whose name ends in one of these letters."""
+    if value is None or (isinstance(value, str) and name != "modules_to_save"):
+        return
+    if (
+        isinstance(value, str)
+        or not isinstance(value, (list, set, tuple))
+        or not all(isinstance(n, str) for n in value)
+    ):
+        allowed = "a list of names" if name == "modules_to_save" else "a list of names, or one text"
+        remedy = f'Write `{name}=["{value}"]`.' if isinstance(value, str) else "Put each name in quotes."
+        raise refuse(name, sorted(value, key=str) if isinstance(value, set) else value, allowed, remedy)
+
+
 def check_layers(config: Any) -> None:
-    """PEFT would not look at these fields; the sentences are those of its `LoraConfig`."""
+    """PEFT would not look at these fields; the sentences are those of its `LoraConfig`, where it has any."""
+    for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+        _check_names(name, getattr(config, name))
+    numbers = config.layers_to_transform
+    listed = numbers if isinstance(numbers, (list, tuple, range)) else [numbers]
+    if numbers is not None and not all(is_count(number) for number in listed):
+        raise refuse(
+            "layers_to_transform", numbers, "a whole number of at least 0, or a list of them", "0 is the first."
+        )
     for name in ("layers_to_transform", "layers_pattern"):
         if isinstance(config.target_modules, str) and getattr(config, name) is not None:
             raise ValueError(

@@ -138,7 +138,9 @@ def _check_rule(config: RankMoeConfig) -> None:
 
 def _check_top_k(config: RankMoeConfig) -> None:
     ranks = parse(config.r, "r")
-    fewest, most = min(ranks), max(ranks)
+    earlier = config.frozen_r if config.routing == SELF and isinstance(config.frozen_r, list) else []
+    frozen = [parse(entry, "frozen_r") for entry in earlier]  # ranks of earlier tasks compete too
+    fewest, most = (sum(map(end, frozen)) + end(ranks) for end in (min, max))
     if config.top_k is None:
         config.top_k = min(TOP_K, fewest)
     k = config.top_k
@@ -146,7 +148,8 @@ def _check_top_k(config: RankMoeConfig) -> None:
         raise refuse("top_k", k, "a whole number of at least 1", f"SMoRA and MoRAM use {TOP_K}.")
     if k > fewest:
         remedy = "A token cannot use more ranks than its layer has: lower `top_k` or raise the smallest number."
-        raise refuse("top_k", k, f"at most {fewest}, the smallest `r` of {config.r!r}", remedy)
+        with_earlier = f" with the {len(frozen)} of `frozen_r`" if frozen else ""
+        raise refuse("top_k", k, f"at most {fewest}, the smallest `r` of {config.r!r}{with_earlier}", remedy)
     if k == 1 and most > 1:
         why = "the one gate would always be 1, and the task would never train the choice"
         remedy = f"With `top_k` = 1 {why}: raise it, and the smallest `r` with it."

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from peft.utils import PeftType
 
-from moe_peft.config_checks import check_layers, is_count, is_number
+from moe_peft.config_checks import check_booleans, check_layers, is_count, is_number
 from moe_peft.errors import nearest, refuse
 from moe_peft.plugin_config import PluginConfig
 
@@ -88,6 +88,7 @@ class ShardPoolConfig(PluginConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType["SHARD_POOL"]
+        check_booleans(self)
         _check_numbers(self)
         check_layers(self)
         _check_ranks(self)

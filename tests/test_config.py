@@ -311,6 +311,21 @@ REFUSALS = [
     ),
     ({"layers_pattern": "h", "target_modules": "q_proj"}, "`layers_pattern` cannot be used when .*the regex"),
     ({"layers_pattern": "h", "target_modules": ["q_proj"]}, "`layers_to_transform` must also be specified"),
+    (
+        {"modules_to_save": "lm_head"},
+        refusal("modules_to_save", "lm_head", "a list of names", "Write `modules_to_save="),
+    ),
+    ({"target_modules": 5}, refusal("target_modules", 5, "a list of names, or one text", "in quotes")),
+    ({"exclude_modules": [3, "a"]}, refusal("exclude_modules", [3, "a"], "a list of names, or one text", "in quotes")),
+    *(
+        (
+            {"layers_to_transform": n},
+            refusal("layers_to_transform", n, "a whole number of at least 0", "0 is the first"),
+        )
+        for n in ("0", [0, "1"], -1, True, 1.0)
+    ),
+    ({"rank_pattern": {"q_proj": 4}}, "`rank_pattern` is not a field of LinearMoeConfig: `r` says the rank of each"),
+    ({"alpha_pattern": {}}, "`alpha_pattern` is not a field of LinearMoeConfig: `lora_alpha` is one number"),
     ({"task_type": "SING"}, "Invalid task type: 'SING'. Must be one of the following task types"),
     ({"top": 2}, "`top` is not a field of LinearMoeConfig. Did you mean 'top_[kp]'?"),
     ({"n_experts": 2}, "`n_experts` is not a field of LinearMoeConfig. Did you mean 'num_experts'?"),

@@ -113,6 +113,17 @@ def test_fewer_new_ranks_than_a_token_uses_are_fine(tokens):
     assert logits(model, tokens).isfinite().all()
 
 
+def test_fewer_new_ranks_than_a_token_uses_are_loaded_again(tokens, tmp_path):
+    model = first_task(dtype=torch.float32, r="3:4", top_k=3)
+    grow(model, r=1)
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_tiny_llama(), tmp_path).eval()
+    assert torch.equal(logits(loaded, tokens), logits(model, tokens))
+    with pytest.raises(ValueError, match="`top_k` is 5, but must be at most 4, the smallest"):
+        RankMoeConfig(routing="self_activated", r=1, frozen_r=["3:4"], top_k=5)
+
+
 # --- what is trained ---
 
 
