@@ -112,6 +112,10 @@ def test_the_prompt_decides_however_it_is_generated(tokens, gate, way):
 def test_a_draft_of_the_answer_is_no_part_of_the_prompt():
     model, draft = gate_model(), make_tiny_llama(dtype=torch.float64)
     prompts = torch.randint(1, 100, (60, 5), generator=torch.Generator().manual_seed(0))
+    common = model.get_input_embeddings()(prompts).amax(1).mean(0).detach()
+    with torch.no_grad():  # a gate that looks at what sets prompts apart, alone
+        rows = torch.randn(3, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        gate_of_model(model).router.copy_(rows - (rows @ common)[:, None] * common / common.square().sum())
     drafted = torch.cat((prompts, logits(draft, prompts)[:, -1:].argmax(-1)), 1)
     choices = (chosen_by_definition(model, "sequence", list(rows)) for rows in (prompts, drafted))
     differ = [n for n, (alone, after) in enumerate(zip(*choices, strict=True)) if alone != after]
