@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from moe_peft.errors import refuse
 from moe_peft.masks import real_from_mask
-from moe_peft.prompts import cache_of, check_one_sample_per_row, leading_prompt, no_prompt, no_single_prompt, pooled
+from moe_peft.prompts import (
+    cache_of,
+    check_one_sample_per_row,
+    leading_prompt,
+    no_prompt,
+    no_single_prompt,
+    past_of,
+    pooled,
+)
 from moe_peft.row_types import check_types, no_task_types, one_per_row
 
 
@@ -220,7 +228,8 @@ class RoutingContext:
                 extra["routing_embeddings"] = embeddings.detach()
             if embeddings is not None and self.wants_pool:
                 prompt = extra.get("prompt_mask", given.get("prompt_mask"))
-                extra["routing_pool"] = pooled(embeddings.detach(), prompt, given.get("attention_mask"))
+                past = past_of(cache_of(given))
+                extra["routing_pool"] = pooled(embeddings.detach(), prompt, given.get("attention_mask"), past)
         return extra
 
     def _routes_sequences(self, module: nn.Module) -> bool:
@@ -237,17 +246,27 @@ class RoutingContext:
             return leading_prompt(labels, given.get("attention_mask"))
         if module.training and torch.is_grad_enabled():
             raise no_prompt()
-        if ids is None or given.get("past_key_values") is not None or self.prompt_length is None:
+        if ids is None or self.prompt_length is None:
             return None
-        self.prompt_length = self.prompt_length or ids.shape[1]  # 0 before the first pass of a call
+        if given.get("past_key_values") is None:
+            self.prompt_length = self.prompt_length or ids.shape[1]  # 0 before the first pass of a call
+        elif not self.prompt_length or past_of(cache_of(given)) != 0:
+            return None
+        elif ids.shape[1] < self.prompt_length:
+            raise no_single_prompt("the prompt comes in pieces", "Leave `prefill_chunk_size` out.")
+        # The first pass may bring the draft of an answer along (assisted decoding), which is no part of the prompt.
         columns = torch.arange(ids.shape[1], device=ids.device)
         return (columns < self.prompt_length).expand(ids.shape[0], -1)
 
     @contextmanager
-    def one_call(self) -> Iterator[None]:
-        """One call of the user's: its first pass is the prompt, later ones without a cache repeat and extend it."""
+    def one_call(self, prompt_length: int = 0) -> Iterator[None]:
+        """One call of the user's: its first pass is the prompt, later ones without a cache repeat and extend it.
+
+        Args:
+            prompt_length: S of the prompts, where it is known; 0 is that of the first pass.
+        """
         before = self.prompt_length, self.kept
-        self.prompt_length, self.kept = 0, {}
+        self.prompt_length, self.kept = prompt_length, {}
         try:
             yield
         finally:
@@ -390,10 +409,10 @@ class RoutingContext:
         self.rows = 0 if states is None else states.shape[0]
         self.prompt, self.embeddings = ours.get("prompt_mask"), ours.get("routing_embeddings")
         self.pool = ours.get("routing_pool")
-        if self.wants_prompt:
-            self.cache = cache_of(given)
-            layer = getattr(module, "layer_idx", None) or 0
-            self.decoding = self.cache if self.cache is not None and int(self.cache.get_seq_length(layer)) else None
         watched = self.recording or self.wants_prompt or (module.training and torch.is_grad_enabled())
-        self.real = real_from_mask(given.get("attention_mask"), states) if watched else None
+        cache = cache_of(given) if watched else None
+        past = past_of(cache, getattr(module, "layer_idx", None) or 0)
+        if self.wants_prompt:
+            self.cache, self.decoding = cache, cache if past else None
+        self.real = real_from_mask(given.get("attention_mask"), states, past) if watched else None
         return args, kwargs

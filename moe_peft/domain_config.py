@@ -109,8 +109,9 @@ def name_problems(names: Sequence[Any]) -> list[str]:
         if not isinstance(name, str) or not name.strip() or name != name.strip():
             problems.append(f"{name!r} is no name: give a text without spaces at its ends")
             continue
-        if "." in name or "/" in name or name.lower() == NULL:
-            problems.append(f"{name!r} may not be a name: it contains '.' or '/', or is 'null', the name of no expert")
+        if "." in name or "/" in name or not name.isprintable() or name.lower() == NULL:
+            why = "it contains '.', '/' or what cannot be printed, or is 'null', the name of no expert"
+            problems.append(f"{name!r} may not be a name: {why}")
         if name.casefold() in seen:
             problems.append(f"two domains have one name: {seen[name.casefold()]!r} and {name!r}")
         seen.setdefault(name.casefold(), name)

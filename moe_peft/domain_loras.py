@@ -9,7 +9,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from moe_peft.domain_config import ARROWS, DomainMoeConfig, name_problems
-from moe_peft.errors import nearest, refuse
+from moe_peft.errors import refuse
 from moe_peft.merge import routed_layers
 from moe_peft.plain_loras import PlainLora, read_lora
 from moe_peft.prototypes import arrow_prototypes
@@ -52,7 +52,8 @@ def from_loras(
             not or of other widths; an unknown gate or field.
     """
     _check_settings(fields, base_model)
-    pairs = list(loras.items()) if isinstance(loras, Mapping) else [tuple(pair) for pair in loras]
+    listed = isinstance(loras, (list, tuple)) and all(isinstance(pair, (list, tuple)) for pair in loras)
+    pairs = list(loras.items()) if isinstance(loras, Mapping) else [tuple(pair) for pair in loras] if listed else []
     if not pairs or any(len(pair) != 2 for pair in pairs):
         remedy = 'Write {"law": "path/to/law", "code": "path/to/code"}.'
         raise refuse("loras", loras, "from names to folders, at least one", remedy)
@@ -80,6 +81,9 @@ def _check_settings(fields: dict[str, Any], base_model: Any) -> None:
     for name in fields:
         if name in _OF_LORAS:
             raise refuse(name, fields[name], "left out: it is what the LoRAs have", f"Remove `{name}`.")
+    if base_model is not None and not isinstance(base_model, (nn.Module, str, Path)):
+        remedy = "Leave it out for the one that the LoRAs name."
+        raise refuse("base_model", base_model, "a model, or its folder or Hub id", remedy)
     if isinstance(base_model, PeftModel):
         remedy = "Give `model.get_base_model()` of a model without adapters, or its name."
         raise refuse("base_model", type(base_model).__name__, "the model itself, without an adapter", remedy)
@@ -134,9 +138,13 @@ def _misfits(lora: PlainLora, model: nn.Module, base: str | None) -> list[str]:
     if base and lora.base and Path(base).name != Path(lora.base).name:
         problems.append(f"it was trained on {lora.base}, and this is {base} (`check_base=False` if they are the same)")
     modules = dict(model.named_modules())
+    absent = [module for module in lora.pairs if module not in modules]
+    if absent:
+        which = f"none of its {len(absent)} layers" if len(absent) == len(lora.pairs) else "no such layer"
+        more = f" (nor {len(absent) - 1} more of its layers)" if 1 < len(absent) < len(lora.pairs) else ""
+        problems.append(f"{absent[0]}: the model has {which}{more}: it was trained on another backbone")
     for module, pair in lora.pairs.items():
         if module not in modules:
-            problems.append(f"{module}: the model has no such layer. {nearest(module, modules)}"[:300])
             continue
         try:
             have = linear_features(modules[module])
@@ -151,10 +159,17 @@ def _misfits(lora: PlainLora, model: nn.Module, base: str | None) -> list[str]:
     return problems
 
 
-def _told(problems: list[str], shown: int = 20) -> str:
-    more = [f"and {len(problems) - shown} more"] if len(problems) > shown else []
-    head = "These LoRAs cannot become the experts of one adapter, and nothing was changed:"
-    return "\n- ".join([head, *problems[:shown], *more])
+def _told(problems: list[str], shown: int = 4) -> str:
+    """Every LoRA's first problems: those that one has on each of its layers must not hide the next LoRA's."""
+    by_source: dict[str, list[str]] = {}
+    for problem in problems:
+        by_source.setdefault(problem.partition("): ")[0], []).append(problem)
+    lines = ["These LoRAs cannot become the experts of one adapter, and nothing was changed:"]
+    for source, own in by_source.items():
+        lines += own[:shown]
+        if len(own) > shown:
+            lines.append(f"{source}): and {len(own) - shown} more")
+    return "\n- ".join(lines)
 
 
 def _ranks(loras: list[PlainLora]) -> dict[str, list[int]]:

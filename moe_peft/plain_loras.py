@@ -1,5 +1,6 @@
 """Trained plain LoRAs, read with PEFT's own classes: their factors with the scales in them, and what makes one unfit."""
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from peft.utils.save_and_load import load_peft_weights
 from safetensors import safe_open
 from torch import Tensor
 
-from moe_peft.errors import refuse
+from moe_peft.errors import nearest, refuse
 from moe_peft.routing import routing_dtype
 from moe_peft.saving import check_weights
 
@@ -67,9 +68,14 @@ def read_lora(source: str | Path, only_shapes: bool = False) -> PlainLora:
     Raises:
         ValueError: if it is no LoRA, or its weights are damaged. What it has beyond plain factors goes to `problems`.
     """
+    _check_source(source)
     name = str(source)
     check_weights(Path(name))
-    config = PeftConfig.from_pretrained(name)
+    try:
+        config = PeftConfig.from_pretrained(name)
+    except (ValueError, OSError) as error:  # not found, no network, no such id: say which
+        reason = " ".join(str(error).split())
+        raise ValueError(f"it is no folder here, and the Hub gave no LoRA: {reason}. Check the spelling.") from error
     if not isinstance(config, LoraConfig) or config.peft_type != "LORA":
         allowed = "the folder or the Hub id of a plain LoRA"
         raise refuse("lora", f"{name} ({config.peft_type.value})", allowed, "Other adapter types have other weights.")
@@ -87,6 +93,31 @@ def read_lora(source: str | Path, only_shapes: bool = False) -> PlainLora:
     return PlainLora(name, config.base_model_name_or_path, pairs, problems)
 
 
+def _check_source(source: Any) -> None:
+    """Refuse what is neither a folder with a LoRA in it nor could be an id on the Hub."""
+    if not isinstance(source, (str, Path)) or not str(source).strip():
+        remedy = "Write 'path/to/law' or 'someone/law-lora'."
+        raise refuse("lora", source, "the folder or the Hub id of a plain LoRA", remedy)
+    folder, looks_local = Path(source), str(source).startswith((".", "/", "~")) or str(source).count("/") > 1
+    if not folder.is_dir():
+        if folder.exists():
+            raise ValueError("it is a file: give the folder that PEFT saved")
+        if isinstance(source, Path) or looks_local:
+            siblings = [p.name for p in folder.parent.glob("*")][:50] if folder.parent.is_dir() else []
+            hint = nearest(folder.name, siblings) if siblings else f"There is no folder '{folder.parent}' either."
+            raise ValueError(f"there is no such folder. {hint}")
+        return
+    config = folder / "adapter_config.json"
+    if not config.is_file():
+        raise ValueError("the folder has no adapter_config.json: give the one that PEFT saved the LoRA in")
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"its adapter_config.json is damaged ({error}): save the LoRA again") from error
+    if not any((folder / f"adapter_model.{end}").is_file() for end in ("safetensors", "bin")):
+        raise ValueError("the folder has no adapter_model.safetensors: only half of the LoRA is there")
+
+
 def _shapes(folder: Path) -> dict[str, Tensor]:
     """Every tensor's name and shape, without its values."""
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
@@ -96,12 +127,19 @@ def _shapes(folder: Path) -> dict[str, Tensor]:
 def _pairs(weights: dict[str, Tensor], config: LoraConfig, problems: list[str]) -> dict[str, Pair]:
     prefix = "base_model.model."
     factors: dict[str, dict[str, Tensor]] = {}
+    others: list[str] = []
     for key, tensor in weights.items():
         module, _, factor = key.removeprefix(prefix).removesuffix(".weight").rpartition(".")
         if factor in ("lora_A", "lora_B") and key.endswith(".weight") and tensor.dim() == 2:
             factors.setdefault(module, {})[factor] = tensor.to(routing_dtype(tensor.dtype))
+        elif key.endswith(".base_layer.weight"):
+            others.append(f"{key}: PEFT put a copy of the base's weight beside it; save with `save_embedding_layers=False`")
         else:
-            problems.append(f"{key} {list(tensor.shape)} is no factor of a linear layer")
+            others.append(f"{key} {list(tensor.shape)} is no factor of a linear layer")
+    if not problems or len(others) <= 1:
+        problems += others
+    elif others:  # what a refused field leaves on every layer
+        problems.append(f"{others[0]}, nor are {len(others) - 1} more")
     pairs = {}
     for module, both in factors.items():
         if both.keys() != {"lora_A", "lora_B"} or len(both["lora_A"]) != both["lora_B"].shape[1]:
@@ -111,6 +149,8 @@ def _pairs(weights: dict[str, Tensor], config: LoraConfig, problems: list[str]) 
         if r != len(both["lora_A"]):
             problems.append(f"{module}: the config says rank {r}, the weights have {len(both['lora_A'])}")
             continue
+        if not all(factor.is_meta or bool(factor.isfinite().all()) for factor in both.values()):
+            problems.append(f"{module}: its weights are not all finite numbers: its training has failed")
         pairs[module] = Pair(both["lora_A"], scale * both["lora_B"].T)
     return pairs
 

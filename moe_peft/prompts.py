@@ -26,15 +26,16 @@ def no_single_prompt(allowed: str, remedy: str) -> ValueError:
     return refuse("router_granularity", "sequence", f"'token' where {allowed}", remedy)
 
 
-def pooled(embeddings: Tensor, prompt: Tensor | None, attention_mask: Any) -> Tensor:
+def pooled(embeddings: Tensor, prompt: Tensor | None, attention_mask: Any, past: int | None = None) -> Tensor:
     """Maximum and mean of the embeddings over the real tokens of each prompt, `[B, 2, d]`.
 
     Args:
         embeddings: `[B, S, d]`.
         prompt: `[B, S]` bool, or None where all of it is the prompt.
         attention_mask: as the model was given it, or None.
+        past: see `real_from_mask`.
     """
-    seen = real_from_mask(attention_mask, embeddings)
+    seen = real_from_mask(attention_mask, embeddings, past)
     if seen is None or seen.shape != embeddings.shape[:2]:
         seen = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
     if prompt is not None:
@@ -69,7 +70,8 @@ def check_one_sample_per_row(given: dict[str, Any]) -> None:
     packed = given.get("cu_seq_lens_q") is not None
     if isinstance(positions, Tensor) and positions.dim() == 2 and not torch.compiler.is_compiling():
         starts = positions == 0
-        starts = starts & mask.bool() if _same_shape(mask, starts) else starts
+        real = real_from_mask(mask, positions.unsqueeze(-1), past_of(cache_of(given)))
+        starts = starts & real if _same_shape(real, starts) else starts
         packed |= bool((starts.sum(1) > 1).any())
     if packed:
         remedy = "Turn packing and padding-free batches off."
@@ -83,3 +85,8 @@ def _same_shape(mask: Any, like: Tensor) -> bool:
 def cache_of(given: dict[str, Any]) -> Any:
     cache = given.get("past_key_values", given.get("past_key_value"))
     return cache if hasattr(cache, "get_seq_length") else None
+
+
+def past_of(cache: Any, layer: int = 0) -> int | None:
+    """How many positions the cache holds; None without one."""
+    return None if cache is None else int(cache.get_seq_length(layer))

@@ -10,7 +10,7 @@ on another thread and after the block has ended; `expert_groups` and `task_types
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar, Token
 from typing import Any
 
@@ -271,6 +271,12 @@ class ModelControl:
 
     def generate(self, *args: Any, domain: Any = None, **kwargs: Any) -> Any:
         """transformers' `generate`, with `domain` as in `moe_peft.routing`: a name, or one for each row of the prompts."""
+        with ExitStack() as calls:
+            for context in contexts_of(self.model):
+                calls.enter_context(context.one_call(_columns_of(args, kwargs)))
+            return self._generate(domain, args, kwargs)
+
+    def _generate(self, domain: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         own = type(self.model).generate
         if domain is None and _standing.get() is None:
             return own(self.model, *args, **kwargs)
@@ -294,6 +300,14 @@ def _rows_of(args: tuple, kwargs: Mapping[str, Any]) -> int:
     for value in (*args[:1], *(kwargs.get(name) for name in names)):
         if isinstance(value, Tensor) and value.dim() >= 2:
             return value.shape[0]
+    return 0
+
+
+def _columns_of(args: tuple, kwargs: Mapping[str, Any]) -> int:
+    """Length of the prompts, 0 where no argument says it."""
+    for value in (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("input_ids"), kwargs.get("inputs")):
+        if isinstance(value, Tensor) and value.dim() >= 2:
+            return value.shape[1]
     return 0
 
 

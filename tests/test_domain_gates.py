@@ -10,6 +10,7 @@ import moe_peft
 from moe_peft import DomainMoeConfig, from_loras, set_null_threshold, set_prototypes
 from moe_peft.balance_terms import label_gradient, label_loss
 from moe_peft.inspecting import _rows
+from moe_peft.masks import real_from_mask
 from moe_peft.prototypes import gate_of_model, prompt_pools, separating, top_right_singular_vector
 from moe_peft.report import health_table, routing_report
 from moe_peft.routing import dense_weights
@@ -92,6 +93,56 @@ def test_the_prompt_decides_for_all_that_is_generated_with_and_without_a_cache(t
     with moe_peft.task_types(given := same_experts_by_label(model), chosen_by_definition(model, gate, rows)):
         forced = given.generate(input_ids=ids, attention_mask=mask, **kwargs)
     assert torch.equal(cached.sequences, forced.sequences)
+
+
+@pytest.mark.parametrize("gate", ["sequence", "prototype"])
+@pytest.mark.parametrize("way", ["static", "beams", "named adapters"])
+def test_the_prompt_decides_however_it_is_generated(tokens, gate, way):
+    ways = {"static": {"cache_implementation": "static"}, "beams": {"num_beams": 3, "num_return_sequences": 2}}
+    model = gate_model(gate)
+    ids, mask = left_padded(tokens)
+    rows = [row[m.bool()] for row, m in zip(tokens, mask, strict=True)]
+    kwargs = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, **ways.get(way, {})}
+    named = {"adapter_names": ["default"] * 3, "use_cache": False} if way == "named adapters" else {}
+    with moe_peft.task_types(given := same_experts_by_label(model), chosen_by_definition(model, gate, rows)):
+        forced = given.generate(input_ids=ids, **kwargs)
+    assert torch.equal(model.generate(input_ids=ids, **kwargs, **named), forced)
+
+
+def test_a_draft_of_the_answer_is_no_part_of_the_prompt():
+    model, draft = gate_model(), make_tiny_llama(dtype=torch.float64)
+    prompts = torch.randint(1, 100, (60, 5), generator=torch.Generator().manual_seed(0))
+    common = model.get_input_embeddings()(prompts).amax(1).mean(0).detach()
+    with torch.no_grad():  # a gate that looks at what sets prompts apart, alone
+        rows = torch.randn(3, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        gate_of_model(model).router.copy_(rows - (rows @ common)[:, None] * common / common.square().sum())
+    drafted = torch.cat((prompts, logits(draft, prompts)[:, -1:].argmax(-1)), 1)
+    choices = (chosen_by_definition(model, "sequence", list(rows)) for rows in (prompts, drafted))
+    differ = [n for n, (alone, after) in enumerate(zip(*choices, strict=True)) if alone != after]
+    assert differ, "no draft would turn the gate"
+    for prompt in prompts[differ[:4]]:
+        ids = prompt[None]
+        kwargs = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        alone = model.generate(input_ids=ids, **kwargs)
+        assert torch.equal(model.generate(input_ids=ids, **kwargs, assistant_model=draft), alone)
+
+
+def test_a_prompt_in_pieces_is_refused(tokens):
+    model = gate_model()
+    with pytest.raises(ValueError, match="the prompt comes in pieces. Leave `prefill_chunk_size` out"):
+        model.generate(input_ids=tokens, max_new_tokens=3, do_sample=False, pad_token_id=0, prefill_chunk_size=3)
+
+
+def test_places_that_a_static_cache_has_left_are_not_read_as_padding():
+    mask = torch.ones(1, 1, 3, 8, dtype=torch.bool).tril(diagonal=2)
+    mask[..., 1] = False  # padding among what the cache holds
+    states = torch.zeros(1, 3, 4)
+    assert real_from_mask(mask, states, 2).tolist() == [[True, True, True]]
+    assert real_from_mask(mask[..., :5], states).tolist() == [[True, True, True]]
+    assert real_from_mask(mask[:, :, :1], states[:, :1], 2).tolist() == [[True]]
+    prefill = torch.ones(1, 1, 4, 9, dtype=torch.bool).tril()
+    prefill[..., :2] = False
+    assert real_from_mask(prefill, torch.zeros(1, 4, 4), 0).tolist() == [[False, False, True, True]]
 
 
 def test_in_training_every_expert_is_weighed_by_the_softmax_of_the_prompt(tokens):

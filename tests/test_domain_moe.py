@@ -2,13 +2,15 @@
 
 import copy
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import moe_peft
 from moe_peft import DomainMoeConfig, from_loras
@@ -134,7 +136,7 @@ def test_everything_that_does_not_fit_is_told_at_once(bank, tmp_path):
         "two domains have one name: 'law' and 'Law'",
         f"Law ({paths[1][1]}): `use_dora`",
         f"biased ({paths[2][1]}): `bias` is 'lora_only'",
-        f"deep ({paths[3][1]}): model.layers.4.self_attn.q_proj: the model has no such layer",
+        f"deep ({paths[3][1]}): model.layers.4.self_attn.q_proj: the model has no such layer: it was trained on",
         f"gone ({paths[4][1]})",
         "`gate` is 'tokens', but must be one of",
     ):
@@ -167,6 +169,15 @@ def test_a_lora_for_another_backbone_is_refused(tmp_path):
             lambda bank: from_loras(bank, from_loras(bank, make_tiny_llama())),
             "`base_model` is 'PeftModel.*', but must be the model itself",
         ),
+        (
+            lambda bank: from_loras(bank, 3),
+            "`base_model` is 3, but must be a model, or its folder or Hub id. Leave it out",
+        ),
+        (
+            lambda bank: from_loras(list(bank.values()), make_tiny_llama()),
+            "`loras` is .*, but must be from names to folders, at least one. Write {",
+        ),
+        (lambda bank: from_loras({"a\nb": bank["law"]}, make_tiny_llama()), r"'a\\nb' may not be a name: it contains"),
         (lambda bank: from_loras(bank), "`base_model` was left out, and the LoRAs do not name one model"),
         (lambda bank: from_loras(bank, make_tiny_llama(), top_q=2), "`top_q` is not a field of DomainMoeConfig"),
     ],
@@ -174,6 +185,63 @@ def test_a_lora_for_another_backbone_is_refused(tmp_path):
 def test_from_loras_refuses(bank, call, match):
     with pytest.raises(ValueError, match=match):
         call(bank)
+
+
+def test_each_folder_is_told_what_is_wrong_with_it_however_many_layers_it_has(bank, tmp_path):
+    folders = {
+        "rescaled": make_lora(tmp_path, "rescaled", target_modules="all-linear", use_dora=True),
+        "wide": make_lora(tmp_path, "wide", target_modules="all-linear", base=_wide_llama()),
+        "gpt": make_lora(tmp_path, "gpt", target_modules=["c_attn"], fan_in_fan_out=True, base=_tiny_gpt2()),
+        "failed": make_lora(tmp_path, "failed", target_modules=["q_proj"]),
+        "lwa": str(Path(bank["law"]).with_name("lwa")),
+        "number": 3,
+    }
+    for name in ("damaged", "half", "empty"):
+        folders[name] = str(tmp_path / name)
+        shutil.copytree(bank["law"], tmp_path / name)
+    (tmp_path / "damaged" / "adapter_config.json").write_text("{")
+    (tmp_path / "half" / "adapter_model.safetensors").unlink()
+    (tmp_path / "empty" / "adapter_config.json").unlink()
+    weights = load_file(f"{folders['failed']}/adapter_model.safetensors")
+    next(iter(weights.values()))[0, 0] = float("nan")
+    save_file(weights, f"{folders['failed']}/adapter_model.safetensors")
+    with pytest.raises(ValueError, match="nothing was changed") as error:
+        from_loras(folders, make_tiny_llama())
+    told = str(error.value)
+    assert len(told.splitlines()) < 25
+    for name, line in {
+        "rescaled": "`use_dora`: DoRA",
+        "wide": "model.layers.0.mlp.down_proj: from 96 to 32, the model's layer from 96 to 64",
+        "gpt": "transformer.h.0.attn.c_attn: the model has none of its 2 layers: it was trained on another backbone",
+        "failed": "model.layers.0.self_attn.q_proj: its weights are not all finite numbers",
+        "lwa": "there is no such folder. Did you mean 'law'?",
+        "number": "`lora` is 3, but must be the folder or the Hub id of a plain LoRA",
+        "damaged": "its adapter_config.json is damaged (Expecting property name",
+        "half": "the folder has no adapter_model.safetensors",
+        "empty": "the folder has no adapter_config.json",
+    }.items():
+        assert f"\n- {name} ({folders[name]}): {line}" in told
+
+
+def _wide_llama():
+    config = make_tiny_llama().config
+    config.hidden_size, config.head_dim = 32, 8
+    return type(make_tiny_llama())(config)
+
+
+def _tiny_gpt2():
+    return GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=100, n_positions=64)).double()
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [True, False])
+def test_layers_that_store_their_weight_the_other_way_round(tmp_path, fan_in_fan_out):
+    torch.manual_seed(0)
+    base, tokens = _tiny_gpt2(), torch.randint(1, 100, (2, 7))
+    settings = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": fan_in_fan_out, "base": copy.deepcopy(base)}
+    folder = make_lora(tmp_path, "law", **settings)
+    stock = logits(PeftModel.from_pretrained(copy.deepcopy(base), folder).eval(), tokens)
+    ours = from_loras({"law": folder, "code": folder}, base, gate="given").eval()
+    torch.testing.assert_close(logits(ours, tokens, task_types=torch.tensor([1, 0])), stock, **EXACT)
 
 
 # --- fast and slow ---
