@@ -72,9 +72,11 @@ class RouterState:
             before any. Kept where `collects` is set, for the selection bias.
         counts, probability: `[E]`, sums over the tokens seen since `reset`, or None before any.
         entropy, tokens: scalars, likewise; entropy in nats, summed over tokens.
+        types_seen: `[E]` bool, the samples' domains that a router taught by labels has met in training; None before any.
     """
 
     def __init__(self) -> None:
+        self.types_seen: Tensor | None = None
         self.load: Tensor | None = None
         self.window = LOAD_WINDOW
         self.routers = 1
@@ -96,6 +98,12 @@ class RouterState:
         """A copy is a state of its own."""
         self.__dict__.update(values)
         self._register()
+
+    def mark_types(self, types: Tensor, count: int) -> None:
+        """Remember that samples of these domains, of `count` that there are, came by."""
+        if self.types_seen is None:
+            self.types_seen = torch.zeros(count, dtype=torch.bool, device=types.device)
+        self.types_seen[types.flatten().long()] = True
 
     def reset(self) -> None:
         """Forget the sums for the report; the load that balancing uses stays."""

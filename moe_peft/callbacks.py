@@ -32,6 +32,7 @@ from moe_peft.watch import (
     find_routers,
     move_biases,
     read_windows,
+    unseen_domains,
 )
 
 
@@ -109,7 +110,7 @@ class MoeCallback(TrainerCallback, ExportableState):
         self._routers = find_routers(model)
         for name, router in self._routers.items():
             router.state.reset()
-            router.state.step_counts = None
+            router.state.step_counts = router.state.types_seen = None
             router.state.load = torch.tensor(loads[name], device=device_of(router)) if name in loads else None
 
     def on_step_begin(
@@ -168,6 +169,7 @@ class MoeCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._in_charge() and self._context is not None:
+            self._warn_of_unseen_domains()
             self._context.scale_balance(1.0)
             self._context.watching, self._context.step = False, None
             self._routers = {}
@@ -214,6 +216,18 @@ class MoeCallback(TrainerCallback, ExportableState):
         entropy = {name: w.entropy for name, w in windows.items()}
         self.history.append({"step": state.global_step, "load": loads, "entropy": entropy})
         self._warn_of_collapse(windows)
+
+    def _warn_of_unseen_domains(self) -> None:
+        met, missed = unseen_domains(self._routers)
+        if missed:
+            alone = (
+                "one domain only, so that it learned to choose it for everything" if len(met) == 1 else "some domains"
+            )
+            warnings.warn(
+                f"The gate was trained on samples of {alone}: {', '.join(met)}; it saw none of {', '.join(missed)}. Put "
+                "samples of every domain into the data set, with their column `task_type`, and train the gate again.",
+                stacklevel=2,
+            )
 
     def _warn_of_collapse(self, windows: dict[str, RouterWindow]) -> None:
         collapsed = [

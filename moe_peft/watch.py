@@ -75,6 +75,26 @@ def average_loads(routers: dict[str, Router]) -> None:
         router.state.load = load.to(device_of(router), copy=True)
 
 
+def unseen_domains(routers: dict[str, Router]) -> tuple[list[str], list[str]]:
+    """Of which domains a gate that labels teach has met samples in training, on any rank, and of which none.
+
+    Both are empty where no gate is taught by labels, or in a compiled model, which does not keep count.
+    """
+    taught = next((r for r in routers.values() if getattr(r, "supervised", False)), None)
+    if taught is None:
+        return [], []
+    seen = taught.state.types_seen
+    if _world_size():
+        here = _or_zeros(None if seen is None else seen.float(), len(taught.domains), device_of(taught))
+        dist.all_reduce(here)
+        seen = here > 0
+    marks = [False] if seen is None else seen.tolist()
+    if not any(marks):
+        return [], []
+    names = list(zip(taught.domains, marks, strict=True))
+    return [name for name, met in names if met], [name for name, met in names if not met]
+
+
 @torch.no_grad()
 def move_biases(routers: Iterable[Router]) -> None:
     """Move every selection bias by what its experts got in the optimizer step that has ended, in one all-reduce.

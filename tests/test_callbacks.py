@@ -4,8 +4,10 @@ import copy
 import gc
 import logging
 import math
+import re
 import subprocess
 import sys
+import warnings
 import weakref
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, trainer
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from moe_peft import LinearMoeConfig, MoeCallback
+from moe_peft import DomainMoeConfig, LinearMoeConfig, MoeCallback, TaskTypeCollator
 from moe_peft.callbacks import AutomaticMoeCallback, install
 from moe_peft.context import set_aux_scale
 from moe_peft.routing import Routing
@@ -54,6 +56,28 @@ def event(callback, name, model=None, args=None, state=None, **kwargs):
     return getattr(callback, name)(args, state, TrainerControl(), model=model, **kwargs)
 
 
+@pytest.mark.parametrize(
+    ("types", "sentence"),
+    [
+        ([1], "trained on samples of one domain only, .* everything: law; it saw none of code, med"),
+        ([0, 1], "trained on samples of some domains: code, law; it saw none of med"),
+        ([0, 1, 2], None),
+    ],
+)
+def test_a_gate_taught_by_labels_of_some_domains_alone_is_told_at_the_end(tmp_path, types, sentence):
+    settings = {"gate_training": "labels", "r": 2, "target_modules": ["up_proj"]}
+    config = DomainMoeConfig(domains=["code", "law", "med"], **settings)
+    rows = [{**row, "task_type": types[i % len(types)]} for i, row in enumerate(ROWS)]
+    trainer = make_trainer(get_peft_model(make_tiny_llama(layers=1), config), tmp_path, remove_unused_columns=False, max_steps=8)
+    trainer.train_dataset, trainer.data_collator = rows, TaskTypeCollator(trainer.data_collator)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    said = [str(w.message) for w in caught if "The gate was trained on samples" in str(w.message)]
+    assert len(said) == (sentence is not None)
+    assert sentence is None or re.search(sentence, said[0])
+
+
 def test_a_routed_adapter_puts_it_among_the_default_callbacks_once():
     routed()
     routed()
@@ -65,6 +89,7 @@ def test_serving_does_not_load_the_trainer(tmp_path):
     routed().save_pretrained(tmp_path)
     program = f"""
 import sys
+import warnings
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from peft import PeftModel

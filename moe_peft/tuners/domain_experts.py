@@ -264,7 +264,10 @@ class DomainExperts(Router):
     def sample_types(self, context: RoutingContext) -> Tensor | None:
         if not self.supervised:
             return super().sample_types(context)
-        return self._checked_types(context, "gate_training", "labels", "'loss'")
+        types = self._checked_types(context, "gate_training", "labels", "'loss'")
+        if self.training and not torch.compiler.is_compiling():
+            self.state.mark_types(types, len(self.domains))
+        return types
 
     def _types(self, tokens: int, context: RoutingContext, rows: int) -> Tensor:
         self._checked_types(context, "gate", self.gate, "another gate")
