@@ -68,7 +68,9 @@ def test_a_gate_taught_by_labels_of_some_domains_alone_is_told_at_the_end(tmp_pa
     settings = {"gate_training": "labels", "r": 2, "target_modules": ["up_proj"]}
     config = DomainMoeConfig(domains=["code", "law", "med"], **settings)
     rows = [{**row, "task_type": types[i % len(types)]} for i, row in enumerate(ROWS)]
-    trainer = make_trainer(get_peft_model(make_tiny_llama(layers=1), config), tmp_path, remove_unused_columns=False, max_steps=8)
+    trainer = make_trainer(
+        get_peft_model(make_tiny_llama(layers=1), config), tmp_path, remove_unused_columns=False, max_steps=8
+    )
     trainer.train_dataset, trainer.data_collator = rows, TaskTypeCollator(trainer.data_collator)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
