@@ -71,7 +71,7 @@ def test_a_gate_taught_by_labels_of_some_domains_alone_is_told_at_the_end(tmp_pa
     trainer = make_trainer(
         get_peft_model(make_tiny_llama(layers=1), config), tmp_path, remove_unused_columns=False, max_steps=8
     )
-    trainer.train_dataset, trainer.data_collator = rows, TaskTypeCollator(trainer.data_collator)
+    trainer.train_dataset, trainer.data_collator = rows, TaskTypeCollator(trainer.data_collator, num_types=3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.train()
