@@ -19,7 +19,7 @@ class PluginConfig(PeftConfig):
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         known = {f.name for f in fields(cls)}
         for key in kwargs:
-            if key in ELSEWHERE:
+            if key in ELSEWHERE and key not in known:
                 raise ValueError(f"`{key}` is not a field of {cls.__name__}: {ELSEWHERE[key]}")
             if key not in known:
                 raise ValueError(f"`{key}` is not a field of {cls.__name__}. {nearest(key, known)}")
