@@ -23,6 +23,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from moe_peft.config_checks import check_flags
 from moe_peft.errors import nearest, refuse
 from moe_peft.frozen import freeze
 from moe_peft.merge import Batch
@@ -68,6 +69,7 @@ def add_experts(
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise refuse("n", n, "a whole number of at least 1", "MoExtend adds 1.")
+    check_flags(freeze_old=freeze_old)
     if calibration is not None and init_from != "most_used":
         raise refuse(
             "calibration", "given", "left out", "It finds the expert to copy: set `init_from` to 'most_used'."

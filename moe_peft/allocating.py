@@ -118,7 +118,8 @@ def allocate(
 
 def _checked(model: nn.Module, config: PeftConfig, choose: str) -> MoeConfig:
     if not isinstance(config, MoeConfig) or config.num_experts is None:  # each rank is an expert in the latter
-        kind = getattr(config.peft_type, "value", config.peft_type)
+        kind = getattr(config, "peft_type", config)
+        kind = getattr(kind, "value", kind)
         raise refuse(
             "config", kind, "of a type with experts in each layer", "Give a LinearMoeConfig or an FfnMoeConfig."
         )

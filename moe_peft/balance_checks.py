@@ -12,8 +12,8 @@ from moe_peft.router_checks import SELECTING
 SWITCHES = ("switch", "switch_local", "sequence")
 """Balances that look at the load."""
 
-AUX_LOSS_COEF, BIAS_UPDATE_SPEED = 0.001, 0.01
-"""The defaults of the two fields."""
+AUX_LOSS_COEF, BIAS_UPDATE_SPEED, BALANCE_DELTA = 0.001, 0.01, 0.1
+"""The defaults of the three fields."""
 
 
 def check_balance(config: Any) -> None:
@@ -132,6 +132,9 @@ def check_unused(config: Any) -> None:
         raise refuse("router_aux_loss_coef", coef, f"left out {balance}, {why}", remedy)
     if config.balance != "bias" and speed != BIAS_UPDATE_SPEED:
         raise refuse("bias_update_speed", speed, f"left out {balance}", "Remove it, or set `balance` to 'bias'.")
+    if config.balance != "localized" and config.balance_delta != BALANCE_DELTA:
+        remedy = "Remove it, or set `balance` to 'localized'."
+        raise refuse("balance_delta", config.balance_delta, f"left out {balance}", remedy)
 
 
 def check_localized_is_dense(config: Any) -> None:

@@ -168,7 +168,7 @@ def _read_config(path: Path, overrides: dict[str, Any]) -> PeftConfig:
             if dependent not in overrides and not _allowed(config_class, {**settings, **overrides}):
                 settings.pop(dependent, None)
     if "balance" in overrides:  # and with a balance goes what weighed it
-        for dependent in ("router_aux_loss_coef", "bias_update_speed"):
+        for dependent in ("router_aux_loss_coef", "bias_update_speed", "balance_delta"):
             if dependent not in overrides and not _allowed(config_class, {**settings, **overrides}):
                 settings.pop(dependent, None)
     settings.update(inference_mode=False, **overrides)

@@ -12,7 +12,14 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from moe_peft.allocation import Allocation
-from moe_peft.balance_checks import AUX_LOSS_COEF, BIAS_UPDATE_SPEED, check_balance, check_block, check_unused
+from moe_peft.balance_checks import (
+    AUX_LOSS_COEF,
+    BALANCE_DELTA,
+    BIAS_UPDATE_SPEED,
+    check_balance,
+    check_block,
+    check_unused,
+)
 from moe_peft.config_checks import check_booleans, check_init, check_layers, check_numbers
 from moe_peft.plugin_config import PluginConfig
 from moe_peft.router_checks import (
@@ -164,7 +171,9 @@ class MoeConfig(PluginConfig):
     target_active: float | None = field(default=None, metadata={"help": "Experts per token to aim at by the bias."})
     router_z_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the z-loss on the logits."})
     router_entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the tokens' entropy."})
-    balance_delta: float = field(default=0.1, metadata={"help": "Separation of the halves under 'localized'."})
+    balance_delta: float = field(
+        default=BALANCE_DELTA, metadata={"help": "Separation of the halves under 'localized'."}
+    )
     router_init_std: float | None = field(default=None, metadata={"help": "Spread of the router's start."})
     router_scale: float = field(default=1.0, metadata={"help": "Multiplies the router's logits."})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "The linear layers to adapt."})

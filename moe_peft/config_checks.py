@@ -18,6 +18,13 @@ def check_booleans(config: Any) -> None:
             raise refuse(f.name, value, "True or False", "A word would count as True whatever it says.")
 
 
+def check_flags(**flags: Any) -> None:
+    """The switches of a function, by name, as `check_booleans` does for fields."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise refuse(name, value, "True or False", "A word would count as True whatever it says.")
+
+
 ELSEWHERE = {
     "use_dora": "DoRA rescales the rows of the whole weight W + s B A. A mixture of such experts needs the row norms of W + "
     "s B_e A_e for every expert at every step, and is not linear in the experts, so that no merge and no export here would "

@@ -20,6 +20,8 @@ from transformers.training_args import TrainingArguments
 
 from moe_peft.callbacks import _is_sharded
 from moe_peft.errors import refuse
+from moe_peft.frozen import frozen_experts
+from moe_peft.tuners.rank_moe import RankExperts
 from moe_peft.tuners.router import Router
 
 
@@ -32,7 +34,8 @@ class EwaCallback(TrainerCallback):
         average_A: average A as well. For experts that started alike (`init_experts_from_lora`, "spawn").
 
     Raises:
-        ValueError: another beta; at the start of training, parameters that FSDP or DeepSpeed have sharded.
+        ValueError: another beta; at the start of training, parameters that FSDP or DeepSpeed have sharded, or an adapter
+            whose experts are ranks.
     """
 
     def __init__(self, beta: float = 0.001, average_A: bool = False) -> None:
@@ -41,11 +44,21 @@ class EwaCallback(TrainerCallback):
         self.beta, self.average_A = beta, average_A
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
     ) -> None:
         if _is_sharded():
             raise ValueError(
                 "`EwaCallback` averages whole experts, and FSDP or DeepSpeed has sharded them: leave it out."
+            )
+        if model is not None and any(_averages_ranks(module) for module in model.modules()):
+            raise ValueError(
+                "`EwaCallback` moves the B of all experts towards each other, and the experts of RankMoeConfig are the ranks "
+                "of one LoRA: with all B alike it would have rank 1. Leave it out, or use LinearMoeConfig."
             )
 
     def on_step_end(
@@ -62,19 +75,27 @@ class EwaCallback(TrainerCallback):
 
 @torch.no_grad()
 def average_experts(model: nn.Module, beta: float, average_A: bool = False) -> None:
-    """One step of EWA on every trainable routed adapter of `model`; shared experts and routers stay.
+    """One step of EWA on every trainable routed adapter of `model`; shared experts, experts that `freeze_experts` holds
+    still, ranks and routers stay.
 
     Args:
         beta: as in `EwaCallback`.
         average_A: likewise.
     """
     for module in model.modules():
-        if not isinstance(module, Router):
+        if not isinstance(module, Router) or isinstance(module, RankExperts):
             continue
         experts = len(module.lora_B) - int(getattr(module, "num_shared", 0))
         for factor in (module.lora_B, module.lora_A) if average_A else (module.lora_B,):
             if factor.requires_grad and experts > 1 and len(factor) >= experts:
+                held = list(frozen_experts(module))
+                kept = factor[held].clone()
                 factor[:experts] = averaged(factor[:experts], beta)
+                factor[held] = kept
+
+
+def _averages_ranks(module: nn.Module) -> bool:
+    return isinstance(module, RankExperts) and module.lora_B.requires_grad
 
 
 def averaged(theta: Tensor, beta: float) -> Tensor:

@@ -108,6 +108,9 @@ def measure_gain(
 
 def _num_labels(batch: Batch) -> int:
     """Tokens that the loss is averaged over: in a causal model nothing predicts the first one."""
+    if not isinstance(batch, Mapping):
+        remedy = "Each is what the model takes as keyword arguments: `{'input_ids': ..., 'labels': ...}`."
+        raise refuse("batches", type(batch).__name__, "of batches that map names to tensors", remedy)
     labels = batch.get("labels")
     if not isinstance(labels, Tensor):
         raise ValueError(

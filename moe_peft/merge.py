@@ -12,7 +12,7 @@ normal equations, so that the statistics of a layer are (E r + E)^2 numbers, wha
 much text is read, and the frozen weight is never touched: a 4-bit backbone stays as it is.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,14 @@ def routed_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, 
 
 
 def on_device(batch: Batch, model: nn.Module) -> Batch:
-    """The batch where the model is."""
+    """The batch where the model is.
+
+    Raises:
+        ValueError: if it is no batch but a text or a tensor.
+    """
+    if not isinstance(batch, Mapping):
+        remedy = 'Give a list of what the tokenizer returns: `[tokenizer(texts, return_tensors="pt"), ...]`.'
+        raise refuse("calibration", type(batch).__name__, "of batches that map names to tensors", remedy)
     device = next(model.parameters()).device
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 

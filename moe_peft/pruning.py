@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from moe_peft.config_checks import check_flags
 from moe_peft.errors import nearest, refuse
 from moe_peft.merge import Batch, observing, on_device
 from moe_peft.resizing import chosen_layers, rebuild, resizable_layers, with_counts
@@ -145,6 +146,7 @@ def prune_experts(
     """
     if (calibration is None) == (scores is None):
         raise ValueError("`prune_experts` takes `calibration` (batches of text) or `scores`, and exactly one of them.")
+    check_flags(dry_run=dry_run)
     layers = resizable_layers(model, adapter_name, "Pruning experts")
     counts = {name: layer.num_experts[adapter_name] for name, layer in layers.items()}
     wanted = _wanted(model, keep, counts, adapter_name)

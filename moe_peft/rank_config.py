@@ -113,7 +113,7 @@ def _check_experts(config: RankMoeConfig) -> None:
 
 
 _HERE = {"r", "num_experts", "num_shared_experts", "top_k", "lora_alpha", "use_rslora", "lora_dropout", "routing"}
-_HERE |= {"router_init_std", "router_scale", "balance", "router_aux_loss_coef", "bias_update_speed", "balance_delta"}
+_HERE |= {"router_init_std", "router_scale", "balance", "router_aux_loss_coef", "bias_update_speed"}
 _HERE |= {"target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"}
 _HERE |= {"trainable_token_indices", "init_weights", "plugin"}
 """The fields of [`MoeConfig`] that mean something for ranks."""

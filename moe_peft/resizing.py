@@ -17,6 +17,8 @@ from moe_peft.config import FfnMoeConfig, LinearMoeConfig
 from moe_peft.errors import refuse
 from moe_peft.frozen import freeze, frozen_experts
 from moe_peft.merge import routed_layers
+from moe_peft.rank_config import SELF, RankMoeConfig
+from moe_peft.shard_config import ShardPoolConfig
 from moe_peft.tuners.base import layer_place
 from moe_peft.tuners.layer import MoeTunerLayer
 from moe_peft.tuners.linear_moe import LinearMoeLinear, RoutedLora
@@ -68,11 +70,15 @@ def resizable_layers(model: PeftModel, adapter_name: str, doing: str) -> dict[st
     config = model.peft_config[adapter_name]
     if not isinstance(config, LinearMoeConfig):
         why = "Its experts are not stacked pairs of factors with a router of their own."
+        instead = "Train a new adapter with another `num_experts`."
+        if isinstance(config, (RankMoeConfig, ShardPoolConfig)):
+            instead = "Train a new adapter with another `r`."
+        if isinstance(config, RankMoeConfig) and config.routing == SELF:
+            instead = "`moe_peft.grow` gives it further ranks for a new task."
         if isinstance(config, FfnMoeConfig):
             why = "In an FFN mixture the linear layers of a block share one router and would have to change together."
         raise ValueError(
-            f"{doing} is for LINEAR_MOE adapters, and '{adapter_name}' is {config.peft_type.value}. {why} Train a new "
-            "adapter with another `num_experts`."
+            f"{doing} is for LINEAR_MOE adapters, and '{adapter_name}' is {config.peft_type.value}. {why} {instead}"
         )
     for field, why in _FIXED_BY_NUMBER.items():
         if getattr(config, field, None) is not None:
@@ -93,10 +99,13 @@ def chosen_layers(model: PeftModel, names: Iterable[str], numbers: Iterable[int]
         return names
     found = {name: layer_place(name) for name in names}
     there = {place[1] for place in found.values() if place is not None}
+    allowed = f"numbers of layers with this adapter: {', '.join(map(str, sorted(there))) or 'there are none'}"
+    remedy = "Leave it out to take every layer." if field == "layers" else "One number takes every layer."
+    if not isinstance(numbers, Iterable):
+        raise refuse(field, numbers, f"a list of {allowed}", remedy)
     wanted = set(numbers)
     if not wanted or not wanted <= there:
-        allowed = f"numbers of layers with this adapter: {', '.join(map(str, sorted(there))) or 'there are none'}"
-        raise refuse(field, sorted(wanted), allowed, "Leave it out to take every layer.")
+        raise refuse(field, sorted(wanted), allowed, remedy)
     return [name for name, place in found.items() if place is not None and place[1] in wanted]
 
 

@@ -66,6 +66,9 @@ def check_router(config: Any) -> None:
     noise = config.router_jitter_noise
     if not is_number(noise) or not 0.0 <= noise < 1.0:
         raise refuse("router_jitter_noise", noise, "at least 0 and below 1", "0.01 is common, 0 turns it off.")
+    if config.router_bias and config.freeze_router:
+        remedy = "The bias is a part of the router, and training it would move every choice: remove one of the two."
+        raise refuse("router_bias", True, "False with `freeze_router` = True", remedy)
     if config.scoring_func == "cosine" and config.router_init_std == 0:
         remedy = "The cosine with a row of zeros has no direction to learn in."
         raise refuse("router_init_std", config.router_init_std, "above 0 with `scoring_func` = 'cosine'", remedy)

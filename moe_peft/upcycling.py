@@ -24,6 +24,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from moe_peft.config import FfnMoeConfig, LinearMoeConfig
+from moe_peft.config_checks import check_flags
 from moe_peft.errors import nearest, refuse
 from moe_peft.merge import routed_layers
 from moe_peft.plain_loras import Pair, PlainLora, fitted, read_lora
@@ -79,6 +80,10 @@ def init_experts_from_lora(
         RuntimeError: while a trainer runs on the model.
     """
     several = not isinstance(lora, (str, Path))
+    if several and not (isinstance(lora, (Sequence, Mapping)) and len(lora)):
+        remedy = "Give the folder of one LoRA, or one folder for each expert."
+        raise refuse("lora", lora, "a folder or id, or a list or dict of them that is not empty", remedy)
+    check_flags(diversify=diversify, check_base=check_base)
     how = _way(how, several)
     layers = routed_layers(model, adapter_name)
     check_idle(layers, adapter_name, "Starting the experts anew")

@@ -8,7 +8,16 @@ from conftest import make_tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from moe_peft import FfnMoeConfig, LinearMoeConfig, add_experts, expert_scores, freeze_experts, prune_experts
+from moe_peft import (
+    FfnMoeConfig,
+    LinearMoeConfig,
+    RankMoeConfig,
+    ShardPoolConfig,
+    add_experts,
+    expert_scores,
+    freeze_experts,
+    prune_experts,
+)
 from moe_peft.merge import routed_layers
 from moe_peft.pruning import easy_ep, easy_ep_naive
 
@@ -343,6 +352,10 @@ def test_another_adapters_trainability_is_left_alone():
     [
         (lambda m: add_experts(m, 0), "`n` is 0, but must be a whole number of at least 1"),
         (lambda m: add_experts(m, layers=[7]), r"`layers` is \[7\], but must be numbers of layers .*: 0, 1"),
+        (lambda m: add_experts(m, layers=0), "`layers` is 0, but must be a list of numbers of layers .*: 0, 1"),
+        (lambda m: add_experts(m, freeze_old="no"), "`freeze_old` is 'no', but must be True or False"),
+        (lambda m: prune_experts(m, 2, text(), dry_run="no"), "`dry_run` is 'no', but must be True or False"),
+        (lambda m: prune_experts(m, 2, ["a text"]), "`calibration` is 'str', but must be of batches that map names"),
         (lambda m: add_experts(m, layers=[]), r"`layers` is \[\], but must be"),
         (lambda m: add_experts(m, init_from="most_use"), "`init_from` is 'most_use', .* Did you mean 'most_used'"),
         (lambda m: add_experts(m, init_from=4), "`init_from` is 4, but must be from 0 to 3"),
@@ -382,6 +395,13 @@ def test_another_type_a_merged_adapter_and_one_in_training_are_refused(change):
     ffn = get_peft_model(make_tiny_llama(layers=2), FfnMoeConfig(num_experts=4))
     with pytest.raises(ValueError, match="is for LINEAR_MOE adapters, and 'default' is FFN_MOE"):
         change(ffn)
+    for config, instead in (
+        (RankMoeConfig(r=8), "adapter with another `r`"),
+        (RankMoeConfig(r=8, routing="self_activated"), "`moe_peft.grow` gives it further ranks"),
+        (ShardPoolConfig(r=4), "adapter with another `r`"),
+    ):
+        with pytest.raises(ValueError, match=f"is for LINEAR_MOE adapters, .*{instead}"):
+            change(get_peft_model(make_tiny_llama(layers=2), config))
     lora = get_peft_model(make_tiny_llama(layers=2), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="No layer of this model holds a routed adapter"):
         change(lora)

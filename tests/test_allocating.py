@@ -374,6 +374,8 @@ LINEAR = LinearMoeConfig(num_experts=4, r=2, target_modules=FFN)
             {"config": RankMoeConfig(target_modules=FFN)},
             "`config` is 'RANK_MOE', but must be of a type with experts in each layer",
         ),
+        ({"config": "mola"}, "`config` is 'mola', but must be of a type with experts .* Give a LinearMoeConfig"),
+        ({"batches": text(2)[0]["input_ids"]}, "`batches` is 'Tensor', but must be of batches that map names"),
         ({"choose": "expert"}, "`choose` is 'expert', but must be one of .* Did you mean 'experts'"),
         ({"budget": 10}, "`budget` is 10, but must be at least .* what the least of everything costs"),
         ({"budget": "=9:9:9:9"}, r"`budget` is '=9:9:9:9', but must be at most .* \(.* parameters\). .*`max_experts`"),

@@ -171,6 +171,7 @@ NEEDS = {
     "router_temperature_start": {"schedule_steps": 10},
     "target_active": {"balance": "bias", "num_null_experts": 2},
     "bias_update_speed": {"balance": "bias"},
+    "balance_delta": {"balance": "localized", "routing": "softmax"},
 }
 
 
@@ -304,6 +305,11 @@ REFUSALS = [
     (
         {"balance": "localized", "routing": "softmax", "num_experts": "2:3"},
         refusal("num_experts", "2:3", "even numbers", "Change 3 to 4"),
+    ),
+    ({"balance_delta": 0.3}, refusal("balance_delta", 0.3, "left out with `balance` = 'switch'", "to 'localized'")),
+    (
+        {"router_bias": True, "freeze_router": True},
+        refusal("router_bias", True, "False with `freeze_r", "every choice"),
     ),
     (
         {"layers_to_transform": [0], "target_modules": "q_proj"},

@@ -5,7 +5,7 @@ import torch
 from conftest import make_tiny_llama
 from peft import get_peft_model
 
-from moe_peft import EwaCallback, FfnMoeConfig, LinearMoeConfig
+from moe_peft import EwaCallback, FfnMoeConfig, LinearMoeConfig, RankMoeConfig, freeze_experts
 from moe_peft.ewa import average_experts, averaged
 from moe_peft.pocket.tokenizer import make_tokenizer
 from moe_peft.tuners.router import Router
@@ -67,6 +67,28 @@ def test_with_one_A_for_all_the_products_are_averaged_exactly():
             average_experts(module, 0.2)
             found = torch.einsum("ero,eri->eoi", module.lora_B, module.lora_A)
             torch.testing.assert_close(found, by_definition(product, 0.2))
+
+
+def test_experts_that_are_held_still_are_not_moved():
+    model = adapted()
+    freeze_experts(model, [0, 2])
+    before = tensors(model)
+    average_experts(model, 0.1)
+    moved = [name for name in before if name.endswith("lora_B")]
+    for name in moved:
+        new, old = model.get_parameter(name), before[name]
+        assert torch.equal(new[[0, 2]], old[[0, 2]])
+        torch.testing.assert_close(new[1], by_definition(old, 0.1)[1])
+    assert moved
+
+
+def test_ranks_are_refused_as_their_b_would_become_one():
+    model = get_peft_model(make_tiny_llama(layers=2), RankMoeConfig(r=4, init_weights=False))
+    before = tensors(model)
+    average_experts(model, 0.1)
+    assert all(torch.equal(value, before[name]) for name, value in tensors(model).items())
+    with pytest.raises(ValueError, match="the experts of RankMoeConfig are the ranks of one LoRA: .*LinearMoeConfig"):
+        EwaCallback().on_train_begin(None, None, None, model=model)
 
 
 def test_an_adapter_that_is_not_trained_stays():

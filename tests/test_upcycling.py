@@ -277,6 +277,9 @@ def test_half_a_pair_and_no_pair_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "arguments", "message"),
     [
+        ({}, {"lora": []}, r"`lora` is \[\], but must be a folder or id, or a list or dict .* not empty"),
+        ({}, {"lora": None}, "`lora` is None, but must be a folder or id"),
+        ({}, {"diversify": "no"}, "`diversify` is 'no', but must be True or False"),
         ({}, {"how": "spwan"}, "`how` is 'spwan', but must be 'spawn' or 'split' for one LoRA. Did you mean 'spawn'"),
         ({"num_experts": 3}, {"how": "split"}, "rank 4 cannot be split evenly between 3 experts"),
         ({"num_experts": 2, "r": 1}, {"how": "split"}, "a part has rank 2, an expert 1: raise `r`"),
@@ -287,7 +290,7 @@ def test_half_a_pair_and_no_pair_are_refused(tmp_path):
 def test_wrong_requests_are_refused(settings, arguments, message, tmp_path):
     source, _ = make_lora(tmp_path)
     with pytest.raises(ValueError, match=message):
-        init_experts_from_lora(adapted(**settings), source, **arguments)
+        init_experts_from_lora(adapted(**settings), **{"lora": source, **arguments})
 
 
 def test_several_loras_are_not_split_and_an_ffn_mixture_neither(tmp_path):
