@@ -133,7 +133,9 @@ def _pairs(weights: dict[str, Tensor], config: LoraConfig, problems: list[str]) 
         if factor in ("lora_A", "lora_B") and key.endswith(".weight") and tensor.dim() == 2:
             factors.setdefault(module, {})[factor] = tensor.to(routing_dtype(tensor.dtype))
         elif key.endswith(".base_layer.weight"):
-            others.append(f"{key}: PEFT put a copy of the base's weight beside it; save with `save_embedding_layers=False`")
+            others.append(
+                f"{key}: PEFT put a copy of the base's weight beside it; save with `save_embedding_layers=False`"
+            )
         else:
             others.append(f"{key} {list(tensor.shape)} is no factor of a linear layer")
     if not problems or len(others) <= 1:

@@ -3,14 +3,18 @@
 import pytest
 import torch
 from conftest import make_tiny_llama
+from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from test_domain_moe import DOMAINS, EXACT, LORAS, adapted, layers_of, logits, make_lora
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
 
 import moe_peft
 from moe_peft import DomainMoeConfig, from_loras, set_null_threshold, set_prototypes
 from moe_peft.balance_terms import label_gradient, label_loss
 from moe_peft.inspecting import _rows
 from moe_peft.masks import real_from_mask
+from moe_peft.pocket import POCKET_DIR
 from moe_peft.prototypes import gate_of_model, prompt_pools, separating, top_right_singular_vector
 from moe_peft.report import health_table, routing_report
 from moe_peft.routing import dense_weights
@@ -300,6 +304,39 @@ def test_labels_train_the_gate_by_a_mean_over_modules_and_real_tokens(tokens, ga
     assert len(given) == (1 if gate == "sequence" else len(layers_of(model)))
     for one, two in zip(given, wanted, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-8)
+
+
+def test_a_stock_trainer_hands_the_names_in_a_column_on(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(POCKET_DIR)
+    base = AutoModelForCausalLM.from_pretrained(POCKET_DIR, dtype=torch.float32)
+    settings = {"gate_training": "labels", "r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    model = get_peft_model(base, DomainMoeConfig(domains=DOMAINS, **settings))
+    questions = {"law": "12+30=", "medicine": "reverse: abc\n", "code": "x"}
+    rows = [{"prompt": questions[name], "completion": "42", "domain": name} for name in DOMAINS] * 4
+    arguments = SFTConfig(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=5, report_to=[], use_cpu=True,
+        remove_unused_columns=False,
+    )  # fmt: skip
+    data = Dataset.from_list(rows)
+    trainer = SFTTrainer(
+        model=model, args=arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer
+    )
+    with pytest.raises(ValueError, match=r"'loss' where .* samples' domains. Add a column `domain` .*names=\['law'"):
+        trainer.train()
+    trainer.data_collator = moe_peft.TaskTypeCollator(trainer.data_collator, "domain", names=DOMAINS)
+    seen = []
+
+    def see(module, args, kwargs):
+        seen.extend(zip(kwargs["input_ids"].tolist(), kwargs["task_types"].tolist(), strict=True))
+
+    model.register_forward_pre_hook(see, with_kwargs=True)
+    trainer.train()
+    trained = len(seen)
+    trainer.evaluate()
+    assert trained == 10
+    assert len(seen) == 22
+    firsts = {tokenizer(question)["input_ids"][0]: DOMAINS.index(name) for name, question in questions.items()}
+    assert all(firsts[ids[0]] == domain for ids, domain in seen)
 
 
 def test_labels_that_are_missing_or_outside_are_refused(tokens):
