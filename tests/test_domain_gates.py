@@ -1,5 +1,8 @@
 """The gates of named experts: one per model on the prompt, labels, prototypes, singular vectors, and the null expert."""
 
+import sys
+import threading
+
 import pytest
 import torch
 from conftest import make_tiny_llama
@@ -147,6 +150,34 @@ def test_places_that_a_static_cache_has_left_are_not_read_as_padding():
     prefill = torch.ones(1, 1, 4, 9, dtype=torch.bool).tril()
     prefill[..., :2] = False
     assert real_from_mask(prefill, torch.zeros(1, 4, 4), 0).tolist() == [[False, False, True, True]]
+
+
+def test_threads_do_not_see_each_others_prompts(tokens):
+    model = gate_model()
+    kwargs = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    alone = [model.generate(input_ids=prompt[None], **kwargs) for prompt in tokens]
+    wrong, barrier, interval = [], threading.Barrier(3), sys.getswitchinterval()
+
+    def serve(number):
+        barrier.wait()
+        for _ in range(10):
+            try:
+                if not torch.equal(model.generate(input_ids=tokens[number][None], **kwargs), alone[number]):
+                    wrong.append(number)
+            except ValueError as error:
+                wrong.append(str(error))
+
+    threads = [threading.Thread(target=serve, args=(number,)) for number in range(3)]
+    sys.setswitchinterval(1e-5)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(interval)
+    assert wrong == []
+    context = layers_of(model)[0].context
+    assert context.kept is None
+    assert context.prompt_length is None
 
 
 def test_in_training_every_expert_is_weighed_by_the_softmax_of_the_prompt(tokens):
