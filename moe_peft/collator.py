@@ -1,11 +1,12 @@
 """The samples' task types on their way from the data set to the model: for LoRAMoE's balance, and for groups of experts."""
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from moe_peft.errors import refuse
+from moe_peft.errors import nearest, refuse
 
 
 class TaskTypeCollator:
@@ -24,6 +25,7 @@ class TaskTypeCollator:
         column: where a row keeps its task type: a whole number from 0. Under `balance="localized"` 0 is world knowledge
             and 1 any other task; with `expert_groups` type t is its entry t.
         num_types: how many there are.
+        names: of the types, in their order: an adapter's `domains`. The column may hold a name then, and `num_types` follows.
     """
 
     def __init__(
@@ -31,9 +33,11 @@ class TaskTypeCollator:
         collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
         column: str = "task_type",
         num_types: int = 2,
+        names: Sequence[str] | None = None,
     ) -> None:
         self.collator = collator
-        self.column, self.num_types = column, num_types
+        self.names = None if names is None else list(names)
+        self.column, self.num_types = column, num_types if self.names is None else len(self.names)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if any(self.column not in row for row in rows):
@@ -44,7 +48,7 @@ class TaskTypeCollator:
                 "Set `remove_unused_columns` to False, or the trainer drops it, and `packing` to False: a packed row "
                 "holds several samples and has no task type of its own.",
             )
-        task_types = torch.tensor([int(row[self.column]) for row in rows])
+        task_types = torch.tensor([self._number(row[self.column]) for row in rows])
         if any(not 0 <= kind < self.num_types for kind in task_types.tolist()):
             raise refuse(
                 self.column,
@@ -63,3 +67,17 @@ class TaskTypeCollator:
                 "Set `padding_free` and `packing` to False.",
             )
         return {**batch, "task_types": task_types}
+
+    def _number(self, value: Any) -> int:
+        if self.names is not None and isinstance(value, str):
+            if value not in self.names:
+                allowed = "one of " + ", ".join(map(repr, self.names))
+                raise refuse(self.column, value, allowed, nearest(value, self.names))
+            return self.names.index(value)
+        if isinstance(value, float) and value.is_integer():  # as a table with gaps keeps whole numbers
+            return int(value)
+        try:
+            return operator.index(value if not isinstance(value, bool) else None)
+        except TypeError as error:
+            remedy = "For domains by name give the collator `names=model.peft_config['default'].domains`."
+            raise refuse(self.column, value, "a whole number in every row", remedy) from error

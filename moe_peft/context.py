@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moe_peft.errors import refuse
 from moe_peft.masks import real_from_mask
+from moe_peft.passes import OfGradient, OfThread, kept_by_pass, kept_by_thread
 from moe_peft.prompts import (
     cache_of,
     check_one_sample_per_row,
@@ -29,17 +30,6 @@ from moe_peft.row_types import check_types, no_task_types, one_per_row
 
 
 _live: "WeakSet[RoutingContext]" = WeakSet()
-
-_PASSING = {
-    "real": None,
-    "prompt": None,
-    "embeddings": None,
-    "pool": None,
-    "cache": None,
-    "decoding": None,
-    "kept": None,
-}
-"""What belongs to one pass and not to a copy of the model."""
 
 _OURS = ("task_types", "prompt_mask", "routing_embeddings", "routing_pool")
 """Arguments that travel through the model's layers to the attention for us, and are taken out there."""
@@ -135,23 +125,19 @@ class RoutingContext:
 
     controlled = False
 
+    real, task_types, rows = kept_by_pass("real"), kept_by_pass("task_types"), kept_by_pass("rows")
+    prompt, embeddings, pool = kept_by_pass("prompt"), kept_by_pass("embeddings"), kept_by_pass("pool")
+    cache, decoding = kept_by_pass("cache"), kept_by_pass("decoding")
+    prompt_length, kept = kept_by_thread("prompt_length"), kept_by_thread("kept")
+
     def __init__(self) -> None:
-        self.real: Tensor | None = None
-        self.task_types: Tensor | None = None
+        self.of_thread, self.with_gradient = OfThread(), OfGradient()
         self.fixed_types: Tensor | None = None
-        self.rows = 0
         self.step: int | None = None
         self.wants_prompt = self.wants_embeddings = self.wants_pool = False
         self.units: dict[tuple[str, str], Any] = {}
         self.embedding_width = 0
-        self.prompt: Tensor | None = None
-        self.embeddings: Tensor | None = None
-        self.pool: Tensor | None = None
-        self.cache: Any = None
-        self.decoding: Any = None
         self.pinned: WeakKeyDictionary[Any, dict[int, Tensor]] = WeakKeyDictionary()
-        self.prompt_length: int | None = None
-        self.kept: dict[int, Any] | None = None
         self.recording = False
         self.counted: Tensor | None = None
         self.watching = False
@@ -163,11 +149,12 @@ class RoutingContext:
     def __getstate__(self) -> dict[str, Any]:
         """A copy belongs to no trainer: what one has set on this model is not set on the copy."""
         fresh = {} if self._running is None else {"watching": False, "scale": 1.0, "_running": None, "step": None}
-        kept = {name: value for name, value in self.__dict__.items() if name != "pinned"}
-        return {**kept, **fresh, **_PASSING}
+        passing = ("pinned", "of_thread", "with_gradient")  # of one pass, and not of a copy of the model
+        return {**{name: value for name, value in self.__dict__.items() if name not in passing}, **fresh}
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         self.__dict__.update(values)
+        self.of_thread, self.with_gradient = OfThread(), OfGradient()
         self.pinned = WeakKeyDictionary()
         _live.add(self)
 
@@ -200,8 +187,9 @@ class RoutingContext:
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         # Layers before the first attention (hybrid models) must not see the mask of the batch before; they see none.
-        self.real = self.task_types = self.prompt = self.embeddings = self.pool = self.cache = self.decoding = None
-        self.rows = 0
+        # With re-entrant checkpointing the layers of a pass with gradient run without.
+        for held in (self.of_thread, self.with_gradient) if torch.is_grad_enabled() else (self.of_thread,):
+            held.forget()
         if self._running is not None and not torch.compiler.is_compiling() and not self._running():
             self.scale_balance(1.0)
             self.watching, self.step = False, None

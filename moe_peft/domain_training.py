@@ -31,6 +31,8 @@ from moe_peft.saving import checkpoint_to_resume, save_adapter
 
 
 RECORD_FILE = "domain.json"
+STARTED_FILE = "domain.started.json"
+"""The same record while the expert is trained, so that its checkpoints are not gone on from with other data."""
 PROMPTS = 64
 """Rows of each domain that prototypes are made from, and as many others that the gate is tried on."""
 
@@ -57,8 +59,10 @@ def run(settings: DomainSettings, console: Console) -> PeftModel:
         said = "finished before" if done else f"{len(of.dataset)} rows of {of.form}"
         console.print(f"[bold]{number}/{len(rows)} {name}[/bold]: {said}", highlight=False)
         if not done:
+            _write_record(folders[name] / STARTED_FILE, records[name])
             _train_expert(settings, tokenizer, of, folders[name])
-            _write_record(folders[name], records[name])
+            _write_record(folders[name] / RECORD_FILE, records[name])
+            (folders[name] / STARTED_FILE).unlink()
     model = _joined(settings, folders)
     _teach_gate(settings, tokenizer, model, rows, console)
     save_adapter(model, settings.output_dir)
@@ -90,23 +94,33 @@ def _is_finished(folder: Path, record: dict[str, Any]) -> bool:
     """Whether the folder holds the expert that this record describes.
 
     Raises:
-        ValueError: if it holds one that was made from something else.
+        ValueError: if it holds one that was made from something else, finished or not.
     """
-    if not (folder / RECORD_FILE).is_file():
-        return False
-    there = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+    for file in (folder / RECORD_FILE, folder / STARTED_FILE):
+        if file.is_file():
+            _check_record(file, record)
+    return (folder / RECORD_FILE).is_file()
+
+
+def _check_record(file: Path, record: dict[str, Any]) -> None:
+    folder = file.parent
+    try:
+        there = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        remedy = f"Remove {folder} to train it anew."
+        raise refuse("output_dir", str(folder), f"one whose {file.name} can be read ({error})", remedy) from error
     changed = [name for name in record if there.get(name) != record[name]]
     if changed:
         what = ", ".join(f"{name} {there.get(name)!r} -> {record[name]!r}" for name in changed)
         remedy = f"Remove {folder} to train it anew, or name another `--output_dir`."
         raise refuse("output_dir", str(folder), f"one whose expert was made as asked for now ({what})", remedy)
-    return True
 
 
-def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    beside = folder / f"{RECORD_FILE}.unfinished"
+def _write_record(file: Path, record: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f"{file.name}.unfinished")
     beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    beside.replace(folder / RECORD_FILE)
+    beside.replace(file)
 
 
 def _backbone(settings: DomainSettings, device: Any) -> Any:

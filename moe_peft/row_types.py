@@ -8,13 +8,26 @@ from torch import Tensor
 from moe_peft.errors import refuse
 
 
-def no_task_types(field: str = "balance", value: Any = "localized", otherwise: str = "'none'") -> ValueError:
+def no_task_types(
+    field: str = "balance", value: Any = "localized", otherwise: str = "'none'", domains: list[str] | None = None
+) -> ValueError:
     """What to do where routing or its balance needs the samples' task types and the batch has none.
 
     Args:
         field, value: of the config, that which needs them.
         otherwise: what the field may be without them.
+        domains: the types' names, where they have any.
     """
+    if domains:
+        return refuse(
+            field,
+            value,
+            f"{otherwise} where the model is not told the samples' domains",
+            f"Add a column `domain` to the data set ({', '.join(map(repr, domains))}) and wrap the trainer's collator: "
+            f"`trainer.data_collator = moe_peft.TaskTypeCollator(trainer.data_collator, 'domain', names={domains})`, "
+            "with `remove_unused_columns=False`. A loop of your own calls `model(..., task_types=tensor)`, the place of "
+            "each row's domain in that list; around `generate` use `domain=`.",
+        )
     return refuse(
         field,
         value,

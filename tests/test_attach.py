@@ -468,6 +468,14 @@ def test_the_task_type_collator():
         collate([{"input_ids": [1]}])
     with pytest.raises(ValueError, match=r"`kind` is \[0, 2\], but must be whole numbers from 0 to 1"):
         TaskTypeCollator(pad, "kind")([{"input_ids": [1], "kind": 0}, {"input_ids": [1], "kind": 2}])
+    named = TaskTypeCollator(pad, "domain", names=["law", "medicine", "code"])
+    batch = named([{"input_ids": [1], "domain": kind} for kind in ("code", "law", 1, 2.0)])
+    assert batch["task_types"].tolist() == [2, 0, 1, 2]
+    with pytest.raises(ValueError, match=r"`domain` is 'lwa', but must be one of 'law', .*Did you mean 'law'"):
+        named([{"input_ids": [1], "domain": "lwa"}])
+    for value in ("law", 0.5, True, None):
+        with pytest.raises(ValueError, match=rf"`kind` is {value!r}, but must be a whole number .* `names="):
+            TaskTypeCollator(pad, "kind")([{"input_ids": [1], "kind": value}])
 
 
 def test_a_compiled_model_trains_alike():

@@ -1,16 +1,23 @@
 """The gates of named experts: one per model on the prompt, labels, prototypes, singular vectors, and the null expert."""
 
+import sys
+import threading
+
 import pytest
 import torch
 from conftest import make_tiny_llama
+from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from test_domain_moe import DOMAINS, EXACT, LORAS, adapted, layers_of, logits, make_lora
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
 
 import moe_peft
 from moe_peft import DomainMoeConfig, from_loras, set_null_threshold, set_prototypes
 from moe_peft.balance_terms import label_gradient, label_loss
 from moe_peft.inspecting import _rows
 from moe_peft.masks import real_from_mask
+from moe_peft.pocket import POCKET_DIR
 from moe_peft.prototypes import gate_of_model, prompt_pools, separating, top_right_singular_vector
 from moe_peft.report import health_table, routing_report
 from moe_peft.routing import dense_weights
@@ -143,6 +150,34 @@ def test_places_that_a_static_cache_has_left_are_not_read_as_padding():
     prefill = torch.ones(1, 1, 4, 9, dtype=torch.bool).tril()
     prefill[..., :2] = False
     assert real_from_mask(prefill, torch.zeros(1, 4, 4), 0).tolist() == [[False, False, True, True]]
+
+
+def test_threads_do_not_see_each_others_prompts(tokens):
+    model = gate_model()
+    kwargs = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    alone = [model.generate(input_ids=prompt[None], **kwargs) for prompt in tokens]
+    wrong, barrier, interval = [], threading.Barrier(3), sys.getswitchinterval()
+
+    def serve(number):
+        barrier.wait()
+        for _ in range(10):
+            try:
+                if not torch.equal(model.generate(input_ids=tokens[number][None], **kwargs), alone[number]):
+                    wrong.append(number)
+            except ValueError as error:
+                wrong.append(str(error))
+
+    threads = [threading.Thread(target=serve, args=(number,)) for number in range(3)]
+    sys.setswitchinterval(1e-5)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(interval)
+    assert wrong == []
+    context = layers_of(model)[0].context
+    assert context.kept is None
+    assert context.prompt_length is None
 
 
 def test_in_training_every_expert_is_weighed_by_the_softmax_of_the_prompt(tokens):
@@ -300,6 +335,39 @@ def test_labels_train_the_gate_by_a_mean_over_modules_and_real_tokens(tokens, ga
     assert len(given) == (1 if gate == "sequence" else len(layers_of(model)))
     for one, two in zip(given, wanted, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-8)
+
+
+def test_a_stock_trainer_hands_the_names_in_a_column_on(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(POCKET_DIR)
+    base = AutoModelForCausalLM.from_pretrained(POCKET_DIR, dtype=torch.float32)
+    settings = {"gate_training": "labels", "r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    model = get_peft_model(base, DomainMoeConfig(domains=DOMAINS, **settings))
+    questions = {"law": "12+30=", "medicine": "reverse: abc\n", "code": "x"}
+    rows = [{"prompt": questions[name], "completion": "42", "domain": name} for name in DOMAINS] * 4
+    arguments = SFTConfig(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=5, report_to=[], use_cpu=True,
+        remove_unused_columns=False,
+    )  # fmt: skip
+    data = Dataset.from_list(rows)
+    trainer = SFTTrainer(
+        model=model, args=arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer
+    )
+    with pytest.raises(ValueError, match=r"'loss' where .* samples' domains. Add a column `domain` .*names=\['law'"):
+        trainer.train()
+    trainer.data_collator = moe_peft.TaskTypeCollator(trainer.data_collator, "domain", names=DOMAINS)
+    seen = []
+
+    def see(module, args, kwargs):
+        seen.extend(zip(kwargs["input_ids"].tolist(), kwargs["task_types"].tolist(), strict=True))
+
+    model.register_forward_pre_hook(see, with_kwargs=True)
+    trainer.train()
+    trained = len(seen)
+    trainer.evaluate()
+    assert trained == 10
+    assert len(seen) == 22
+    firsts = {tokenizer(question)["input_ids"][0]: DOMAINS.index(name) for name, question in questions.items()}
+    assert all(firsts[ids[0]] == domain for ids, domain in seen)
 
 
 def test_labels_that_are_missing_or_outside_are_refused(tokens):

@@ -60,20 +60,34 @@ def test_experts_gate_and_adapter_and_no_second_training(folder, tmp_path, monke
 def test_an_interrupted_run_goes_on_where_it_stopped(folder, tmp_path, monkeypatch):
     out, write = tmp_path / "out", domain_training._write_record
 
-    def stopped(folder, record):
-        raise KeyboardInterrupt
+    def stopped(file, record):
+        if file.name == "domain.json":
+            raise KeyboardInterrupt
+        write(file, record)
 
     monkeypatch.setattr(domain_training, "_write_record", stopped)
     with pytest.raises(KeyboardInterrupt):
         trained(folder, out)
     assert not (out / "experts" / "lower" / "domain.json").exists()
     monkeypatch.setattr(domain_training, "_write_record", write)
+    before = (folder / "lower.jsonl").read_text()
+    (folder / "lower.jsonl").write_text(before + json.dumps({"prompt": "new:>", "completion": "row"}) + "\n")
+    with pytest.raises(ValueError, match=r"`output_dir` is .*lower'.*made as asked for now \(data "):
+        trained(folder, out)  # its checkpoint is of other data
+    (folder / "lower.jsonl").write_text(before)
+    started = out / "experts" / "lower" / "domain.started.json"
+    record = started.read_text()
+    started.write_text("{")
+    with pytest.raises(ValueError, match=r"but must be one whose domain.started.json can be read .* Remove"):
+        trained(folder, out)
+    started.write_text(record)
     resumed = []
     inner = domain_training.checkpoint_to_resume
     monkeypatch.setattr(domain_training, "checkpoint_to_resume", lambda *a: resumed.append(inner(*a)) or resumed[-1])
     trained(folder, out)
     assert resumed[0].endswith("checkpoint-2")
     assert resumed[1] is None
+    assert not started.exists()
 
 
 def test_an_expert_made_from_other_data_is_refused_before_anything_is_trained(folder, tmp_path):

@@ -281,7 +281,7 @@ class DomainExperts(Router):
         """
         types = context.task_types if context.task_types is not None else context.fixed_types
         if types is None:
-            raise no_task_types(field, value, otherwise)
+            raise no_task_types(field, value, otherwise, self.domains)
         check_types(types, len(self.domains), self.domains)
         return types
 
