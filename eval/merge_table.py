@@ -1,6 +1,6 @@
 """What each way of merging loses: LoRAMoE-, MoLA-, SMoRA- and MixLoRA-shaped adapters of the pocket backbone.
 
-    python eval/merge_table.py                     # four methods, three seeds; half an hour on one core
+    python eval/merge_table.py                     # four methods, three seeds; under an hour on one core
     python eval/merge_table.py --methods loramoe --seeds 1
     python eval/merge_table.py --report            # trains nothing: the table of what is on disk
 
