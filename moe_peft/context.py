@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from moe_peft.errors import refuse
 from moe_peft.masks import real_from_mask
-from moe_peft.prompts import cache_of, check_one_sample_per_row, leading_prompt, no_prompt, no_single_prompt, pooled
+from moe_peft.prompts import (
+    cache_of,
+    check_one_sample_per_row,
+    is_packed,
+    leading_prompt,
+    no_prompt,
+    no_single_prompt,
+    pooled,
+)
 from moe_peft.row_types import check_types, no_task_types, one_per_row
 
 
@@ -118,6 +126,7 @@ class RoutingContext:
         pool: `[B, 2, d]` for it, their maximum and their mean.
         recording: count in inference too (for the routing report).
         counted: `[B, S]` bool, the only positions that a recording counts; None counts every real one.
+        wants_rows, packed: whether a balance may be by row; then, whether a row of this training pass holds several samples.
         watching: count in training even where no balance loss asks for it.
         kept: within one call of the user's, what layers keep from one token that is generated to the next, by layer; None
             outside, where weights may change.
@@ -132,6 +141,7 @@ class RoutingContext:
         self.task_types: Tensor | None = None
         self.fixed_types: Tensor | None = None
         self.rows = 0
+        self.wants_rows = self.packed = False
         self.step: int | None = None
         self.wants_prompt = self.wants_embeddings = self.wants_pool = False
         self.units: dict[tuple[str, str], Any] = {}
@@ -197,9 +207,10 @@ class RoutingContext:
         if self._running is not None and not torch.compiler.is_compiling() and not self._running():
             self.scale_balance(1.0)
             self.watching, self.step = False, None
-        if not (self.wants_prompt or self.wants_embeddings):
+        if not (self.wants_prompt or self.wants_embeddings or self.wants_rows):
             return args, kwargs
         given = {**dict(zip(self._names(module), args, strict=False)), **kwargs}
+        self.packed = self.wants_rows and module.training and is_packed(given)
         return args, {**kwargs, **self._for_routers(module, given)}
 
     def _for_routers(self, module: nn.Module, given: dict[str, Any]) -> dict[str, Tensor]:
