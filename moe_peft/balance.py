@@ -14,6 +14,9 @@ from moe_peft.routing import Routing, assignments, dense_weights
 BALANCES = ("switch", "switch_local", "sequence", "bias", "cv2", "mi", "localized", "none")
 """The values of the config field `balance`."""
 
+BY_ROW = ("sequence", "mi")
+"""Those that compare the rows of a batch, "mi" only where the samples have no task types."""
+
 LOAD_WINDOW = 10
 """About how many micro-batches the load of an expert is averaged over (the decay of a running sum is 1 - 1/LOAD_WINDOW).
 

@@ -20,6 +20,7 @@ from moe_peft.passes import OfGradient, OfThread, kept_by_pass, kept_by_thread
 from moe_peft.prompts import (
     cache_of,
     check_one_sample_per_row,
+    is_packed,
     leading_prompt,
     no_prompt,
     no_single_prompt,
@@ -116,6 +117,7 @@ class RoutingContext:
         pool: `[B, 2, d]` for it, their maximum and their mean.
         recording: count in inference too (for the routing report).
         counted: `[B, S]` bool, the only positions that a recording counts; None counts every real one.
+        wants_rows, packed: whether a balance may be by row; then, whether a row of this training pass holds several samples.
         watching: count in training even where no balance loss asks for it.
         kept: within one call of the user's, what layers keep from one token that is generated to the next, by layer; None
             outside, where weights may change.
@@ -133,6 +135,7 @@ class RoutingContext:
     def __init__(self) -> None:
         self.of_thread, self.with_gradient = OfThread(), OfGradient()
         self.fixed_types: Tensor | None = None
+        self.wants_rows = self.packed = False
         self.step: int | None = None
         self.wants_prompt = self.wants_embeddings = self.wants_pool = False
         self.units: dict[tuple[str, str], Any] = {}
@@ -193,9 +196,10 @@ class RoutingContext:
         if self._running is not None and not torch.compiler.is_compiling() and not self._running():
             self.scale_balance(1.0)
             self.watching, self.step = False, None
-        if not (self.wants_prompt or self.wants_embeddings):
+        if not (self.wants_prompt or self.wants_embeddings or self.wants_rows):
             return args, kwargs
         given = {**dict(zip(self._names(module), args, strict=False)), **kwargs}
+        self.packed = self.wants_rows and module.training and is_packed(given)
         return args, {**kwargs, **self._for_routers(module, given)}
 
     def _for_routers(self, module: nn.Module, given: dict[str, Any]) -> dict[str, Tensor]:

@@ -66,6 +66,13 @@ def leading_prompt(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 def check_one_sample_per_row(given: dict[str, Any]) -> None:
     """Refuse packed and padding-free rows, whose samples would be routed by the prompt of the first."""
+    if is_packed(given):
+        remedy = "Turn packing and padding-free batches off."
+        raise no_single_prompt("one row holds several samples, each with a prompt of its own", remedy)
+
+
+def is_packed(given: dict[str, Any]) -> bool:
+    """Whether a row of the model's arguments holds several samples. Not told within a compiled model."""
     positions, mask = given.get("position_ids"), given.get("attention_mask")
     packed = given.get("cu_seq_lens_q") is not None
     if isinstance(positions, Tensor) and positions.dim() == 2 and not torch.compiler.is_compiling():
@@ -73,9 +80,7 @@ def check_one_sample_per_row(given: dict[str, Any]) -> None:
         real = real_from_mask(mask, positions.unsqueeze(-1), past_of(cache_of(given)))
         starts = starts & real if _same_shape(real, starts) else starts
         packed |= bool((starts.sum(1) > 1).any())
-    if packed:
-        remedy = "Turn packing and padding-free batches off."
-        raise no_single_prompt("one row holds several samples, each with a prompt of its own", remedy)
+    return packed
 
 
 def _same_shape(mask: Any, like: Tensor) -> bool:

@@ -49,6 +49,13 @@ def no_rows(balance: str) -> ValueError:
     )
 
 
+def several_in_a_row(balance: str) -> ValueError:
+    """What to do where a balance loss is by row and a row holds several samples."""
+    allowed = "'switch', 'cv2' or 'bias' where one row holds several samples, which it would take for one"
+    types = ", or give `task_types`" if balance == "mi" else ""
+    return refuse("balance", balance, allowed, f"Turn packing and padding-free batches off{types}.")
+
+
 def check_types(types: Tensor, count: int | None = None, names: list[str] | None = None) -> None:
     """Refuse what is no task type. Negative ones would count from the end. `names` are the types', where they have any.
 

@@ -484,6 +484,24 @@ def test_what_cannot_be_routed_by_sequence_is_refused():
         bloom(input_ids=batch["input_ids"] % 60, labels=batch["labels"].clamp(max=60))
 
 
+@pytest.mark.parametrize("config_class", [LinearMoeConfig, FfnMoeConfig])
+@pytest.mark.parametrize(("balance", "more"), [("sequence", ""), ("mi", ", or give `task_types`")])
+def test_a_balance_by_row_refuses_rows_of_several_samples(config_class, balance, more):
+    """A packed row would count as one sequence, and in a padding-free batch the information of one group is always 0."""
+    model, tokens = make_model(config_class=config_class, balance=balance), padded()["input_ids"][:1]
+    packed = {"input_ids": tokens, "position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]])}
+    with pytest.raises(ValueError, match=f"`balance` is '{balance}', but must be 'switch', .*free batches off{more}"):
+        model(**packed)
+    with torch.no_grad():
+        model(**packed)
+    if balance == "mi":
+        model(**packed, task_types=torch.tensor([[0] * 5 + [1] * 5])).logits.sum().backward()
+    model(input_ids=tokens).logits.sum().backward()  # nothing of the passes before is left
+    model.eval()(**packed)
+    indifferent = make_model(config_class=config_class, balance=balance, router_aux_loss_coef=0.0)
+    indifferent(**packed).logits.sum().backward()
+
+
 def test_an_adapter_that_is_not_active_asks_for_no_prompt():
     model, tokens = make_model(**SEQUENCE), padded()["input_ids"]
     model.add_adapter("other", LinearMoeConfig(target_modules=ALL, num_experts=4))

@@ -22,6 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from torch import Tensor, nn
 
 from moe_peft.attach import RoutingContext
+from moe_peft.balance import BY_ROW
 from moe_peft.config import FfnMoeConfig
 from moe_peft.errors import refuse
 from moe_peft.ffn_names import BlockNames
@@ -111,6 +112,7 @@ class FfnMoeLinear(MoeTunerLayer):
         self.r[adapter_name], self.scaling[adapter_name] = r, experts.scaling
         self.num_experts[adapter_name] = num_experts if self.block is not None else 1
         self.context.wants_prompt |= config.router_granularity == "sequence"
+        self.context.wants_rows |= config.balance in BY_ROW
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 

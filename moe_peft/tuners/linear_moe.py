@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_peft.attach import RoutingContext
-from moe_peft.balance import LOAD_WINDOW
+from moe_peft.balance import BY_ROW, LOAD_WINDOW
 from moe_peft.bound_rules import scaling
 from moe_peft.config import LinearMoeConfig, MoeConfig
 from moe_peft.errors import refuse
@@ -213,6 +213,7 @@ class LinearMoeLinear(MoeTunerLayer):
         self.r[adapter_name], self.num_experts[adapter_name] = r, num_experts
         self.scaling[adapter_name] = experts.scaling
         self.context.wants_prompt |= config.router_granularity == "sequence"
+        self.context.wants_rows |= config.balance in BY_ROW
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 

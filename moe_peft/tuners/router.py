@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from moe_peft.attach import RouterState, RoutingContext, balanced, remember_choice
+from moe_peft.balance import BY_ROW
 from moe_peft.balance_terms import updated_bias
 from moe_peft.bound_rules import bind_rule, signal
 from moe_peft.config import MoeConfig
 from moe_peft.overrides import Override, chosen, overridden, reweighted
 from moe_peft.routing import Routing, RoutingRule, routing_dtype
 from moe_peft.routing_control import override_of, rows_of_domains
+from moe_peft.row_types import several_in_a_row
 from moe_peft.rules import TOP_1_RULES
 from moe_peft.selection import ACTIVATIONS, at_random, evenly, given, only_allowed
 from moe_peft.tuners.router_terms import Terms, balance_terms
@@ -106,6 +108,7 @@ class Router(nn.Module):
         self.temperature_start, self.schedule_steps = config.router_temperature_start, config.schedule_steps
         self.by_sequence = config.router_granularity == "sequence" and learns
         self._set_balance(balance_terms(config, num_null))
+        self.by_row = config.balance if config.balance in BY_ROW and config.router_aux_loss_coef else None
         self.state = RouterState()
         self.state.collects = self.balances_bias
 
@@ -317,6 +320,8 @@ class Router(nn.Module):
                 logits = logits + 0 * self.lora_A.flatten()[0].to(logits.dtype)
             real = context.real_tokens(logits.shape[0])
             task_types = self.sample_types(context)
+            if context.packed and self.by_row and (self.by_row == "sequence" or task_types is None):
+                raise several_in_a_row(self.by_row)
             settings = rule, top_k, self.coef * self.share, self.gradient
             return balanced(logits, self.state, *settings, real, task_types, context, rows)
         if context.recording:
