@@ -91,9 +91,9 @@ def work(rank, port, folder):
     for form in FORMS:
         for way in WAYS:
             try:
-                results[form, *way] = functools.partial(under, form, *way)()
+                results[(form, *way)] = functools.partial(under, form, *way)()
             except Exception:
-                results[form, *way] = traceback.format_exc()
+                results[(form, *way)] = traceback.format_exc()
             dist.barrier()
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -113,6 +113,6 @@ def reports(tmp_path_factory):
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_gradients_are_the_mean_of_the_ranks(reports, form, way):
     for report in reports:
-        found = report[form, *way]
+        found = report[(form, *way)]
         assert not isinstance(found, str), found
         assert found <= (1e-4 if way[0] == "fsdp1" else 1e-12)
