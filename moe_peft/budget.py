@@ -25,9 +25,9 @@ class ParameterCount(NamedTuple):
     """Numbers of parameters.
 
     Attributes:
-        trainable: everything that gets a gradient.
+        trainable: everything that gets a gradient; not the experts that a stage holds still.
         router: the part of it that chooses experts.
-        active: what one token uses: the router and the experts that it visits.
+        active: what one token uses, trained or held still: the router and the experts that it visits.
         layers: adapted layers.
     """
 
@@ -53,13 +53,27 @@ def count_parameters(model: nn.Module, adapter_name: str = "default") -> Paramet
         adapted = sum(hasattr(m, "base_layer") for m in model.modules())
         return ParameterCount(trainable, 0, trainable, adapted)
     router = idle = 0
+    still: dict[int, int] = {}  # by id, as layers may share a router
     for layer in layers:
         experts = layer.experts(adapter_name)
         if not hasattr(experts, "visited"):  # without a router every token uses all
             continue
-        router += sum(p.numel() for name, p in experts.named_parameters() if name.startswith("router"))
+        for name, parameter in experts.named_parameters():
+            if not parameter.requires_grad:
+                still[id(parameter)] = parameter.numel()
+            elif name.startswith("router"):
+                router += parameter.numel()
         idle += experts.idle_parameters()
-    return ParameterCount(trainable, router, trainable - idle, len(layers))
+    return ParameterCount(trainable, router, trainable + sum(still.values()) - idle, len(layers))
+
+
+def train_as_configured(model: PeftModel) -> None:
+    """Switch on what was loaded for inference, as its training had it: what a config freezes stays frozen."""
+    for name, parameter in model.named_parameters():
+        if model.base_model.prefix in name:
+            parameter.requires_grad_(True)
+    for layer in (m for m in model.modules() if isinstance(m, MoeTunerLayer)):
+        layer._freeze_non_trainable_peft_weights()
 
 
 def count_config(backbone: nn.Module, config: PeftConfig) -> ParameterCount:
@@ -103,8 +117,12 @@ def fit_to_budget(backbone: nn.Module, config: ConfigT, budget: int) -> ConfigT:
     are multiplied by 1/k, 2/k, ... and rounded, to at least 1.
 
     Raises:
-        ValueError: if even rank 1 (of the largest one) costs more than 1.5 times the budget.
+        ValueError: if even rank 1 (of the largest one) costs more than 1.5 times the budget, or nothing that is trained
+            has the rank `r`.
     """
+    if config.r == 0:
+        remedy = "Its bottlenecks are sized by `bottleneck_size`: set that, or give the task's LoRA a rank."
+        raise refuse("r", config.r, "at least 1 where a rank is fitted to a budget", remedy)
     largest = max(parse(config.r, "r"))
 
     def with_rank(r: int) -> Any:
@@ -115,7 +133,7 @@ def fit_to_budget(backbone: nn.Module, config: ConfigT, budget: int) -> ConfigT:
         fitted.r = _scaled(config.r, ratio)
         scaled_by_k = isinstance(config, RankMoeConfig) and config.routing == "sigmoid_top_k"
         if not scaled_by_k:
-            fitted.lora_alpha = config.lora_alpha * (ratio**0.5 if config.use_rslora else ratio)
+            fitted.lora_alpha = config.lora_alpha * (ratio**0.5 if getattr(config, "use_rslora", False) else ratio)
         return fitted
 
     def cost(r: int) -> int:
@@ -126,6 +144,9 @@ def fit_to_budget(backbone: nn.Module, config: ConfigT, budget: int) -> ConfigT:
         raise refuse(
             "budget", budget, f"at least {one}, what rank 1 costs", "Use fewer experts or adapt fewer modules."
         )
+    if full == one:
+        remedy = "Its experts are held still, or have ranks of their own: see `train_domains` and `domain_ranks`."
+        raise refuse("r", config.r, "the rank of something that is trained, to be fitted to a budget", remedy)
     near = max(1, round(1 + (budget - one) * (2 * largest - 1) / (full - one)))
     if isinstance(config.r, int):
         return with_rank(near)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from moe_peft.bottleneck_config import REDUCTION, BottleneckMoeConfig
-from moe_peft.budget import count_parameters, equal_budget_lora, meta_backbone
+from moe_peft.budget import count_parameters, equal_budget_lora, meta_backbone, train_as_configured
 from moe_peft.config import MoeConfig
 from moe_peft.domain_config import DomainMoeConfig
 from moe_peft.loaded import batches_of, load_adapter
@@ -37,8 +37,7 @@ def inspect_adapter(
             f"`--by` is '{by}', but there is no `--data` whose column it could be. Give `--data` as well."
         )
     adapted, tokenizer = load_adapter(adapter, model, load_in)
-    for parameter in (p for n, p in adapted.named_parameters() if adapted.base_model.prefix in n):
-        parameter.requires_grad_(True)  # loaded for inference; counted as trained
+    train_as_configured(adapted)  # loaded for inference; counted as trained
     config = adapted.peft_config["default"]
     if not isinstance(config, (MoeConfig, ShardPoolConfig, BottleneckMoeConfig)):
         kind = config.peft_type.value

@@ -133,7 +133,7 @@ class DomainExperts(Router):
                     weight.requires_grad_(False)
 
     def idle_parameters(self) -> int:
-        sizes = [A.numel() + B.numel() if A.requires_grad else 0 for A, B in self._pairs()]
+        sizes = [A.numel() + B.numel() for A, B in self._pairs()]
         return sum(sorted(sizes)[: max(len(sizes) - self.visited, 0)])
 
     # --- forward ---
