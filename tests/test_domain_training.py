@@ -170,8 +170,8 @@ def test_the_script_says_what_is_wrong_in_a_sentence(tmp_path):
         ("mixda_task", ["--dataset", "x", "--domian", "x"], "`--domian` is not an option. Did you mean 'domain'?"),
         (
             "reward_dmoerm",
-            ["--dataset", "x", "--held_ou", "1"],
-            "`--held_ou` is not an option. Did you mean 'held_out'",
+            ["--dataset", "x", "--hold_out", "1"],
+            "`--hold_out` is not an option. Did you mean 'held_out'",
         ),
     ],
 )
