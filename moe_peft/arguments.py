@@ -193,16 +193,31 @@ class _Help(argparse.Action):
 
 def parsed(parser: _Parser, argv: Sequence[str]) -> argparse.Namespace:
     namespace, rest = parser.parse_known_args(list(argv))
+    _refuse_rest(parser, rest)
+    return namespace
+
+
+def parsed_by_trl(parser: Any, argv: Sequence[str]) -> tuple[Any, ...]:
+    """The objects that a `TrlParser` makes of a command line, and of the file that `--config` names.
+
+    Raises:
+        ValueError: an option that there is not, with the nearest that there is.
+    """
+    *found, rest = parser.parse_args_and_config(list(argv), return_remaining_strings=True)
+    _refuse_rest(parser, rest)
+    return tuple(found)
+
+
+def _refuse_rest(parser: Any, rest: Sequence[str]) -> None:
     if rest:
         option = next((word for word in rest if word.startswith("--")), None)
         if option is None:
             raise ValueError(f"'{rest[0]}' belongs to no option. Options start with --; see `{parser.prog} --help`.")
         name = option[2:].split("=")[0]
         raise ValueError(f"`--{name}` is not an option. {nearest(name.replace('-', '_'), _names(parser))}")
-    return namespace
 
 
-def _names(parser: _Parser) -> list[str]:
+def _names(parser: Any) -> list[str]:
     return [action.dest for action in parser._actions if action.dest != argparse.SUPPRESS]
 
 

@@ -511,6 +511,16 @@ def test_prompts_below_the_threshold_get_the_frozen_model(tmp_path, tokens, gate
     assert gate_of_model(model.half()).null_threshold.dtype == torch.float32
 
 
+def test_training_does_not_look_at_the_threshold(tokens):
+    model = gate_model().train()
+    batch = {"input_ids": tokens, "labels": tokens.clone().index_fill_(1, torch.arange(4), -100)}
+    before = model(**batch).logits
+    gate_of_model(model).null_threshold.fill_(1.0)  # above every log-probability
+    torch.testing.assert_close(model(**batch).logits, before, **EXACT)
+    model.eval()
+    torch.testing.assert_close(logits(model, tokens), logits(make_tiny_llama(dtype=torch.float64), tokens), **EXACT)
+
+
 def test_the_quantile_of_known_prompts_falls_to_the_frozen_model(tokens):
     model = gate_model()
     many = torch.randint(1, 100, (40, 6), generator=torch.Generator().manual_seed(4))

@@ -1,6 +1,8 @@
 """`train_scripts/domains.py`: a folder per domain becomes experts and a gate; what is finished is not trained again."""
 
 import json
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -159,3 +161,21 @@ def test_the_script_says_what_is_wrong_in_a_sentence(tmp_path):
     assert run.returncode == 1
     assert "error: Domain 'code'" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "given", "sentence"),
+    [
+        ("mixda_domains", ["--domains", "law=x"], "`--domains` is not an option. Did you mean 'domain'?"),
+        ("mixda_task", ["--dataset", "x", "--domian", "x"], "`--domian` is not an option. Did you mean 'domain'?"),
+        (
+            "reward_dmoerm",
+            ["--dataset", "x", "--hold_out", "1"],
+            "`--hold_out` is not an option. Did you mean 'held_out'",
+        ),
+    ],
+)
+def test_the_other_scripts_take_no_option_that_they_have_not(script, given, sentence):
+    main = runpy.run_path(str(Path(SCRIPT).with_name(f"{script}.py")))["main"]
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        main(given)

@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
     from trl import TrlParser  # a parser that also reads --config FILE.yaml
 
     from moe_peft import BottleneckMoeConfig
+    from moe_peft.arguments import parsed_by_trl
     from moe_peft.backbone import load_backbone, load_tokenizer, model_path
     from moe_peft.data import training_rows
     from moe_peft.mixda import named_paths
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> None:
     from moe_peft.saving import checkpoint_to_resume, save_adapter
 
     parser = TrlParser((Arguments, TrainingArguments))
-    arguments, training = parser.parse_args_and_config(argv)
+    arguments, training = parsed_by_trl(parser, argv)
     domains = named_paths(arguments.domain)
     output = Path(training.output_dir or "output/domains")
     tokenizer = load_tokenizer(arguments.model, arguments.tokenizer)
@@ -105,4 +106,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -46,6 +46,7 @@ def main(argv: list[str]) -> None:
     from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer
     from trl import SFTConfig, SFTTrainer, TrlParser
 
+    from moe_peft.arguments import parsed_by_trl
     from moe_peft.backbone import load_backbone, load_tokenizer, model_path
     from moe_peft.data import training_rows
     from moe_peft.labelled import has_labels, labelled_text
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> None:
     parser = TrlParser((Arguments, SFTConfig))
     gpu = torch.cuda.is_available()
     parser.set_defaults(output_dir="output/mixda", bf16=gpu, use_cpu=not gpu)  # TRL asks for bf16 on a CPU as well
-    arguments, training = parser.parse_args_and_config(argv)
+    arguments, training = parsed_by_trl(parser, argv)
     folders = named_paths(arguments.domain)
     tokenizer = load_tokenizer(arguments.model, arguments.tokenizer)
     classify = has_labels(arguments.dataset)
@@ -124,4 +125,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -51,6 +51,7 @@ def main(argv: list[str]) -> None:
     from peft import PeftModel, get_peft_model
     from trl import RewardConfig, RewardTrainer, TrlParser
 
+    from moe_peft.arguments import parsed_by_trl
     from moe_peft.backbone import load_tokenizer, model_path
     from moe_peft.catalogue import adapter_config, recipe
     from moe_peft.plain_yaml import pairs
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> None:
     on_gpu = torch.cuda.is_available()
     parser = TrlParser((Arguments, RewardConfig), prog="python train_scripts/reward_dmoerm.py")
     parser.set_defaults(bf16=on_gpu, use_cpu=not on_gpu, output_dir="output/dmoerm", **recipe("dmoerm"))
-    arguments, training = parser.parse_args_and_config(argv)
+    arguments, training = parsed_by_trl(parser, argv)
     if not 0 < arguments.held_out < 1:
         raise ValueError(f"`held_out` is {arguments.held_out}, a share, but must be above 0 and below 1, as 0.1.")
     output, resume = Path(training.output_dir), bool(training.resume_from_checkpoint)
@@ -166,4 +167,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
