@@ -1,6 +1,6 @@
 """`python -m moe_peft` is `moe-peft`."""
 
-from moe_peft.cli import main
+from moe_peft_cli import main
 
 
 main()

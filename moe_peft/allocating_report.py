@@ -157,7 +157,7 @@ def draw_allocation(found: Allocated, path: Path) -> None:
     """Draw as a PNG what each layer has to gain, and what it was given.
 
     Raises:
-        ImportError: without matplotlib (`pip install "peft-moe[eval]"`).
+        ImportError: without matplotlib (`pip install matplotlib scipy`).
     """
     plt = pyplot()
     by_rank = found.chosen == "rank"

@@ -140,7 +140,7 @@ def quantisation(load_in: str, compute_dtype: Any) -> BitsAndBytesConfig:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f'Loading in {load_in} needs bitsandbytes: pip install "peft-moe[train]", or train without: `--load_in none`.'
+            f"Loading in {load_in} needs bitsandbytes: pip install bitsandbytes, or train without: `--load_in none`."
         ) from error
     if load_in == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)

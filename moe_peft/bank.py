@@ -14,10 +14,9 @@ from torch import nn
 
 from moe_peft.errors import refuse
 from moe_peft.plain_loras import PlainLora, read_lora
+from moe_peft.portable_lora import CONFIG_FILE, WEIGHTS_FILE
 from moe_peft.tuners.layer import linear_features
 
-
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 Step = Callable[[int, int], None]
 """Called with how many are done, and of how many."""

@@ -90,10 +90,10 @@ def recipe(name: str) -> dict[str, Any]:
 
 
 def idea(name: str) -> str:
-    """The first line of the card that is not a heading: the method in one sentence. Empty without a card."""
+    """What the card's title says after the name: the method in one clause. Empty without a card."""
     card = entry_folder(name) / CARD_FILE
-    lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
-    return next((line.strip() for line in lines if line.strip() and not line.startswith("#")), "")
+    title = card.read_text(encoding="utf-8").partition("\n")[0] if card.is_file() else ""
+    return title.partition(": ")[2].strip()
 
 
 def adapter_config(spec: str, **overrides: Any) -> AdapterSource:

@@ -5,7 +5,6 @@ can set right is raised as an exception with a sentence; `main` prints that sent
 """
 
 import difflib
-import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -83,7 +82,7 @@ def train(context: typer.Context) -> None:
         from moe_peft.training import main as train_main
     except ModuleNotFoundError as error:
         if error.name in ("trl", "datasets"):
-            raise ImportError(f'Training needs {error.name}: pip install "peft-moe[train]"') from error
+            raise ImportError(f"Training needs {error.name}: pip install trl datasets bitsandbytes") from error
         raise
 
     train_main(context.args)
@@ -189,8 +188,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The entry point: runs a command and leaves with its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments[: next((i for i, word in enumerate(arguments) if not word.startswith("-")), None)]
-    # bitsandbytes tells CPU users of a kernel that is optional and that cannot be trained through.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # TRL sets a field that transformers has renamed; the user can do nothing about it.
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
     try:

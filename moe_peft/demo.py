@@ -28,7 +28,7 @@ from moe_peft.merge import instead_of_routing, save_static
 from moe_peft.merging.methods import merge_static
 from moe_peft.merging.table import kept, merge_table
 from moe_peft.pocket import POCKET_DIR, Row, Suite, exact_match, knowledge_probe, make_suite, per_domain
-from moe_peft.report import health_table, heat_map, routing_report, verdict
+from moe_peft.report import health_table, health_verdict, heat_map, routing_report, verdict
 from moe_peft.saving import save_adapter
 from moe_peft.trial import TrialSettings, load_pocket, tokenized, train_adapter
 
@@ -249,5 +249,6 @@ def _report(console: Console, model: PeftModel, tokenizer: Any, suite: Suite, ou
     report.save(output_dir / "routing.json")
     heat_map(report, output_dir / "routing.png")
     console.print(health_table(report))
+    console.print(health_verdict(report))
     console.print(verdict(report))
     console.print(f"Picture: {output_dir / 'routing.png'}")

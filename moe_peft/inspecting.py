@@ -13,7 +13,7 @@ from moe_peft.config import MoeConfig
 from moe_peft.domain_config import DomainMoeConfig
 from moe_peft.loaded import batches_of, load_adapter
 from moe_peft.merge import routed_layers
-from moe_peft.report import health_table, heat_map, routing_report, verdict
+from moe_peft.report import health_table, health_verdict, heat_map, routing_report, verdict
 from moe_peft.shard_config import ShardPoolConfig
 
 
@@ -63,6 +63,7 @@ def inspect_adapter(
         return
     report = routing_report(adapted, batches_of(data, tokenizer, by, limit), answers_only=True)
     console.print(health_table(report))
+    console.print(health_verdict(report))
     console.print(verdict(report))
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)

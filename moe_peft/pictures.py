@@ -7,7 +7,7 @@ def pyplot() -> Any:
     """`matplotlib.pyplot`, drawing into files.
 
     Raises:
-        ImportError: without matplotlib (`pip install "peft-moe[eval]"`).
+        ImportError: without matplotlib (`pip install matplotlib scipy`).
     """
     try:
         import matplotlib
@@ -15,5 +15,5 @@ def pyplot() -> Any:
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
     except ImportError as error:
-        raise ImportError('The picture needs matplotlib: pip install "peft-moe[eval]"') from error
+        raise ImportError("The picture needs matplotlib: pip install matplotlib scipy") from error
     return plt

@@ -181,7 +181,22 @@ def verdict(report: RoutingReport) -> str:
         return f"The experts follow the domains: one choice of expert tells {told:.0%} of which domain it is."
     if told > 0.05:
         return f"The experts follow the domains in part: one choice of expert tells {told:.0%} of which domain it is."
-    return f"The experts do not follow the domains ({told:.0%} told at best): they share out tokens by something else."
+    return f"The experts do not follow the domains ({told:.0%} told at best): they share out tokens by something else, as routers by token mostly do."
+
+
+def health_verdict(report: RoutingReport) -> str:
+    """Whether the routers are healthy on this text, in one sentence."""
+    dead = {name: h.dead for name, h in report.health.items() if h.dead}
+    busiest = max(report.health, key=lambda name: report.health[name].max_load)
+    times = f"{report.health[busiest].max_load:.1f} times an even share ({short_name(busiest)})"
+    if not dead:
+        return f"Healthy: every router uses all of its experts on this text; the busiest expert of all gets {times}."
+    worst = max(dead, key=lambda name: dead[name])
+    return (
+        f"{len(dead)} of {len(report.health)} routers have experts that this text hardly visits, {sum(dead.values())} in all, "
+        f"most of them in {short_name(worst)}; the busiest expert of all gets {times}. In training a larger "
+        "`router_aux_loss_coef`, a lower learning rate or more steps bring experts in; `moe-peft shrink` cuts them out."
+    )
 
 
 def health_table(report: RoutingReport) -> Table:
@@ -225,7 +240,7 @@ def heat_map(report: RoutingReport, path: Path, title: str = "Which expert answe
     diagonal and mixing as a flat field.
 
     Raises:
-        ImportError: without matplotlib and scipy (`pip install "peft-moe[eval]"`).
+        ImportError: without matplotlib and scipy (`pip install matplotlib scipy`).
     """
     plt = pyplot()
     best = report.most_telling_layer()

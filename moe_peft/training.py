@@ -31,6 +31,7 @@ from moe_peft.collator import TaskTypeCollator
 from moe_peft.data import Rows, training_rows
 from moe_peft.errors import nearest, refuse
 from moe_peft.export.checkpoint import base_sha256
+from moe_peft.portable_lora import WEIGHTS_FILE
 from moe_peft.saving import begin, checkpoint_to_resume, put_in_place
 from moe_peft.upcycling import init_experts_from_lora
 
@@ -51,6 +52,11 @@ def run(settings: Settings, console: Console) -> SFTTrainer:
     """Train as `settings` say and save into `output_dir`; returns the trainer with the trained model."""
     arguments, training = settings.arguments, settings.training
     resume = checkpoint_to_resume(training.resume_from_checkpoint, settings.output_dir)
+    if resume is None and (settings.output_dir / WEIGHTS_FILE).is_file():
+        remedy = (
+            "Name another, move that adapter away, or go on from its last checkpoint with `--resume_from_checkpoint`."
+        )
+        raise refuse("output_dir", str(settings.output_dir), "a folder without a trained adapter", remedy)
     tokenizer = load_tokenizer(arguments.model, arguments.tokenizer, trust_remote_code=training.trust_remote_code)
     rows, eval_rows = load_rows(settings, tokenizer)
     model = load_model(settings)

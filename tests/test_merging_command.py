@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -116,6 +117,15 @@ def test_an_adapter_that_changes_while_it_is_merged_is_not_written(folder, tmp_p
     merge = ("merge", adapter, "--calibration", folder / "rows.jsonl", "--output", tmp_path / "x", "--method", "usage")
     assert "was changed after its record was written" in refusal(capsys, *merge)
     assert not (tmp_path / "x").exists()
+
+
+def test_nobody_loses_a_merge_for_want_of_a_picture(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out = tmp_path / "plain"
+    assert run("merge", folder / "linears", "--calibration", folder / "rows.jsonl", "--output", out) == 0
+    assert "Without a picture of the layers. The picture needs matplotlib" in " ".join(capsys.readouterr().out.split())
+    assert check_record(out)["method"] == "ls"
+    assert not (out / writing.PLOT_FILE).exists()
 
 
 def test_a_record_beside_other_weights_is_not_believed(folder, tmp_path, capsys):

@@ -16,6 +16,7 @@ from moe_peft.report import (
     RoutingReport,
     domain_information,
     health_table,
+    health_verdict,
     heat_map,
     routing_report,
     short_name,
@@ -89,6 +90,20 @@ def test_padding_is_not_counted():
 def test_the_verdict_says_whether_experts_follow_the_domains(counts, sentence):
     health = RouterHealth([0.5, 0.5], 0.5, 1.0, 0, domain_information(torch.tensor(counts)))
     assert re.search(sentence, verdict(RoutingReport(["a", "b"], {"x": counts}, {"x": health})))
+
+
+@pytest.mark.parametrize(
+    ("dead", "sentence"),
+    [
+        ({"x": 0, "y": 0}, r"Healthy: every router uses all .* gets 1\.8 times an even share \(y\)"),
+        ({"x": 2, "y": 1}, r"2 of 2 routers have experts that .* 3 in all, most of them in x; .* 1\.8 times"),
+    ],
+)
+def test_the_routers_health_in_one_sentence(dead, sentence):
+    busiest = {"x": 0.5, "y": 0.9}
+    health = {name: RouterHealth([s, 1 - s], 0.5, 2 * s, dead[name], 0.0) for name, s in busiest.items()}
+    report = RoutingReport(["a"], {}, health)
+    assert re.search(sentence, health_verdict(report))
 
 
 def test_only_positions_that_predict_an_answer_are_counted_when_asked_for():

@@ -539,7 +539,7 @@ def test_what_cannot_be_served_is_one_sentence(bundle, tmp_path, capsys):
 def test_serving_without_the_extra_says_what_to_install(bundle, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     code, err = left_with(capsys, bundle)
-    assert (code, 'Serving needs openai: pip install "peft-moe[serve]"' in err) == (2, True)
+    assert (code, "Serving needs openai: pip install fastapi uvicorn openai" in err) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -311,6 +311,16 @@ def test_experts_start_from_the_loras_that_are_named(rows, tmp_path):
         trained(*arguments, "--set", "num_experts=3", "--output_dir", str(tmp_path / "three"))
 
 
+def test_a_trained_adapter_is_not_written_over(rows, tmp_path):
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"of an hour ago")
+    arguments = ["--dataset", rows, "--max_steps", "1", "--output_dir", str(tmp_path), "--set", "num_experts=2"]
+    with pytest.raises(
+        ValueError, match="`output_dir` is .*, but must be a folder without a trained adapter. Name another"
+    ):
+        trained(*arguments)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == b"of an hour ago"
+
+
 def test_packing_and_evaluation_go_together(rows, tmp_path):
     arguments = [
         "--dataset",

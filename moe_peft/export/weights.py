@@ -37,7 +37,7 @@ def nf4(weight: Tensor) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     except ImportError as error:
         raise ImportError(
-            'Weights as a 4-bit model has them need bitsandbytes: pip install "peft-moe[train]", or export the original '
+            "Weights as a 4-bit model has them need bitsandbytes: pip install bitsandbytes, or export the original "
             "ones with base_weights='original'."
         ) from error
     weight = weight.float().contiguous()

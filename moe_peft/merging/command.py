@@ -289,13 +289,22 @@ def _write(
             else:
                 write_plain_lora(its, folder, base, config.task_type)
             if records:
-                error_plot({domain: records[domain]["layer_error"]}, folder / PLOT_FILE)
+                said += _plotted({domain: records[domain]["layer_error"]}, folder / PLOT_FILE)
             write_record(folder, record)
-    for sentence in said:
+    for sentence in dict.fromkeys(said):
         console.print(sentence)
     console.print(_written(options, factors, exact=not records))
     if plan is None:
         console.print(_served(options, base, factors), highlight=False, markup=False, soft_wrap=True)
+
+
+def _plotted(errors: dict[str, dict[str, float]], path: Path) -> list[str]:
+    """Draw the picture, or say why not: nobody should lose a merge for the want of one."""
+    try:
+        error_plot(errors, path)
+    except ImportError as error:
+        return [f"Without a picture of the layers. {error}"]
+    return []
 
 
 def _written(options: Options, factors: dict[str, dict[str, Factors]], exact: bool) -> str:

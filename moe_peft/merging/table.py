@@ -40,7 +40,7 @@ def error_plot(
         path: a file that is not there yet.
 
     Raises:
-        ImportError: without matplotlib (`pip install "peft-moe[eval]"`).
+        ImportError: without matplotlib (`pip install matplotlib scipy`).
     """
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")

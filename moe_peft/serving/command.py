@@ -143,5 +143,5 @@ def _need_server() -> None:
         try:
             __import__(name)
         except ImportError as error:
-            raise ImportError(f'Serving needs {name}: pip install "peft-moe[serve]"') from error
+            raise ImportError(f"Serving needs {name}: pip install fastapi uvicorn openai") from error
     logging.getLogger("httpx").setLevel(logging.WARNING)
