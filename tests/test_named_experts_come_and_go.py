@@ -11,6 +11,7 @@ from moe_peft import (
     add_experts,
     from_loras,
     init_experts_from_lora,
+    init_routers,
     prune_experts,
 )
 
@@ -73,3 +74,30 @@ def test_a_missing_prompt_is_said_of_the_gate(labels):
     tokens = torch.arange(1, 9)[None]
     with pytest.raises(ValueError, match="^`gate` is 'sequence' or 'prototype', but must be 'token' where"):
         model(input_ids=tokens, labels=tokens if labels else None)
+
+
+def domain_model(gate: str = "token"):
+    torch.manual_seed(0)
+    config = DomainMoeConfig(domains=["law", "code"], gate=gate, r=2, target_modules=["up_proj"])
+    return get_peft_model(make_tiny_llama(), config)
+
+
+def test_a_router_with_names_starts_each_row_from_its_own_domain():
+    """Whatever the order of the texts."""
+    texts = {"law": [{"input_ids": torch.arange(1, 9)[None]}], "code": [{"input_ids": torch.arange(40, 48)[None]}]}
+    there, back = domain_model(), domain_model()
+    assert init_routers(there, texts) == init_routers(back, dict(reversed(texts.items()))) == {"law": [0], "code": [1]}
+    for (name, one), (_, other) in zip(there.named_parameters(), back.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize(
+    ("gate", "texts", "message"),
+    [
+        ("token", ["law", "art"], "`batches` is .*must be of the adapter's domains, all of them: law, code"),
+        ("prototype", ["law", "code"], "`gate` is 'prototype', but must be 'token' .*set_prototypes"),
+    ],
+)
+def test_a_router_with_names_refuses_other_domains_and_gates(gate, texts, message):
+    with pytest.raises(ValueError, match=message):
+        init_routers(domain_model(gate), {name: [] for name in texts})
