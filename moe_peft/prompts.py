@@ -1,5 +1,7 @@
 """Where a row's prompt ends, for routers that look at whole prompts, and what a prompt is pooled to."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +26,19 @@ def no_prompt() -> ValueError:
 def no_single_prompt(allowed: str, remedy: str) -> ValueError:
     """What to do where rows cannot be routed as whole sequences because of what the batch holds."""
     return refuse("router_granularity", "sequence", f"'token' where {allowed}", remedy)
+
+
+@contextmanager
+def said_of(setting: str) -> Iterator[None]:
+    """What is said of `router_granularity`, said of the field that a type has for it, as its user wrote it."""
+    try:
+        yield
+    except ValueError as error:
+        told = str(error)
+        said = told.replace("`router_granularity` is 'sequence'", setting)
+        if said == told:
+            raise
+        raise ValueError(said) from error
 
 
 def pooled(embeddings: Tensor, prompt: Tensor | None, attention_mask: Any, past: int | None = None) -> Tensor:

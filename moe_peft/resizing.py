@@ -13,7 +13,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from moe_peft.allocation import expand
+from moe_peft.bottleneck_config import BottleneckMoeConfig
 from moe_peft.config import FfnMoeConfig, LinearMoeConfig
+from moe_peft.domain_config import DomainMoeConfig
 from moe_peft.errors import refuse
 from moe_peft.frozen import freeze, frozen_experts
 from moe_peft.merge import routed_layers
@@ -58,6 +60,31 @@ def check_idle(layers: dict[str, MoeTunerLayer], adapter_name: str, doing: str) 
         )
 
 
+def check_unnamed(config: Any, adapter_name: str, doing: str) -> None:
+    """Refuse the types whose experts have names, and say how theirs come and go.
+
+    Raises:
+        ValueError: for DOMAIN_MOE and BOTTLENECK_MOE.
+    """
+    if isinstance(config, DomainMoeConfig):
+        remedy = (
+            "Make the adapter anew from the folders of its domains, one more or one fewer, which takes seconds and changes "
+            'no expert: `moe_peft.from_loras({"law": "loras/law", ...}, base)`. A domain\'s folder is the LoRA that it was '
+            "made of, or what `moe-peft export --to loras` writes."
+        )
+    elif isinstance(config, BottleneckMoeConfig):
+        remedy = (
+            "Train the new domain alone (`gate='none'`), then join the folders in a new adapter: "
+            "`moe_peft.mixda.domains_config(folders)` and `load_domains(model, folders)`."
+        )
+    else:
+        return
+    raise ValueError(
+        f"{doing} is for experts that have numbers; '{adapter_name}' is {config.peft_type.value}, whose experts have names. "
+        + remedy
+    )
+
+
 def resizable_layers(model: PeftModel, adapter_name: str, doing: str) -> dict[str, LinearMoeLinear]:
     """The layers of an adapter whose number of experts may change now; names as in `merge.routed_layers`.
 
@@ -68,6 +95,7 @@ def resizable_layers(model: PeftModel, adapter_name: str, doing: str) -> dict[st
     layers = routed_layers(model, adapter_name)
     check_idle(layers, adapter_name, doing)
     config = model.peft_config[adapter_name]
+    check_unnamed(config, adapter_name, doing)
     if not isinstance(config, LinearMoeConfig):
         why = "Its experts are not stacked pairs of factors with a router of their own."
         instead = "Train a new adapter with another `num_experts`."

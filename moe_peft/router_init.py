@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from moe_peft.domain_config import DomainMoeConfig
 from moe_peft.errors import refuse
 from moe_peft.merge import on_device
 from moe_peft.tuners.layer import MoeTunerLayer
@@ -47,6 +48,9 @@ def init_routers(
         raise refuse("strength", strength, "a positive number", "2.0 is the default.")
     if len(batches) < 2:
         raise refuse("batches", list(batches), "of at least two domains", "One domain gives a router nothing to tell.")
+    config = model.peft_config.get(adapter_name)
+    if isinstance(config, DomainMoeConfig):
+        batches = _by_name(batches, config)
     layers = _layers(model, adapter_name)
     routers: dict[str, Router] = {name: layer.experts(adapter_name) for name, layer in layers.items()}
     fewest = min(router.num_experts - router.num_null for router in routers.values())
@@ -61,6 +65,17 @@ def init_routers(
         if router.router_bias is not None:
             router.router_bias.zero_()
     return {domain: list(range(d, fewest, len(batches))) for d, domain in enumerate(batches)}
+
+
+def _by_name(batches: Mapping[str, Iterable[Batch]], config: DomainMoeConfig) -> Mapping[str, Iterable[Batch]]:
+    """In the order of the experts: each has the domain of its name."""
+    if config.gate != "token":
+        remedy = "`moe_peft.set_prototypes` is for gates without training; train the one of 'sequence'."
+        raise refuse("gate", config.gate, "'token' for a router that starts from domains' means", remedy)
+    if set(batches) != set(config.names):
+        allowed = "of the adapter's domains, all of them: " + ", ".join(config.names)
+        raise refuse("batches", list(batches), allowed, "Each expert's row starts from the text of its name.")
+    return {name: batches[name] for name in config.names}
 
 
 def _layers(model: PeftModel, adapter_name: str) -> dict[str, MoeTunerLayer]:

@@ -28,7 +28,7 @@ from moe_peft.config_checks import check_flags
 from moe_peft.errors import nearest, refuse
 from moe_peft.merge import routed_layers
 from moe_peft.plain_loras import Pair, PlainLora, fitted, read_lora
-from moe_peft.resizing import check_idle
+from moe_peft.resizing import check_idle, check_unnamed
 from moe_peft.routing import dense_weights
 from moe_peft.tuners.layer import MoeTunerLayer, linear_features
 
@@ -114,6 +114,7 @@ def _way(how: str | None, several: bool) -> str:
 
 
 def _check_adapter(config: Any, layers: dict[str, MoeTunerLayer], adapter_name: str, how: str) -> None:
+    check_unnamed(config, adapter_name, "Starting experts from a LoRA")
     if not isinstance(config, (LinearMoeConfig, FfnMoeConfig)):
         raise ValueError(f"Adapter '{adapter_name}' is {config.peft_type.value}, whose experts are no LoRA pairs.")
     if how == "split" and not isinstance(config, LinearMoeConfig):

@@ -52,6 +52,7 @@ class MoeTuner(BaseTuner):
 
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     layer_cls: type[MoeTunerLayer]
+    context_cls: type[RoutingContext] = RoutingContext
 
     def _create_and_replace(
         self,
@@ -158,7 +159,7 @@ class MoeTuner(BaseTuner):
         for module in self.model.modules():
             if isinstance(module, MoeTunerLayer):
                 return module.context
-        context = RoutingContext()
+        context = self.context_cls()
         context.watch_attention(self.model)
         ModelControl.install(self.model)
         return context

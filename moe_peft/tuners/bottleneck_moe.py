@@ -9,8 +9,6 @@ weighs W x by the gate as well (`gate_ffn`). What is added is not linear in x, s
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, final
 
@@ -22,6 +20,7 @@ from moe_peft.attach import RoutingContext
 from moe_peft.bottleneck import bottleneck_experts, gate_logits, pooled
 from moe_peft.bottleneck_config import REDUCTION, BottleneckMoeConfig
 from moe_peft.config import LinearMoeConfig
+from moe_peft.prompts import said_of
 from moe_peft.routing import RoutingRule, routing_dtype, softmax
 from moe_peft.selection import Selection, selection_rule
 from moe_peft.shards import low_rank_added
@@ -34,6 +33,8 @@ _RULES: dict[str, RoutingRule] = {
     "sigmoid": selection_rule(Selection("sigmoid", "all", False, 1.0, 1.0, 0)),
 }
 """`gate` -> from its logits to the weights."""
+
+_LOOKS_AT_ROWS = "`gate_input` is 'mean' or 'last_nonpad'"
 
 _SECOND_LINEARS = ("down_proj", "fc2", "fc_out", "dense_4h_to_h", "mlp.c_proj", "wo", "lin2", "output.dense")
 """How transformers calls the second linear layer of an FFN."""
@@ -201,23 +202,13 @@ class GateContext(RoutingContext):
         self.whole_rows = generates is None or not generates()
         if self.whole_rows:
             return {}
-        with _in_our_words():
+        with said_of(_LOOKS_AT_ROWS):
             return super()._for_routers(module, given)
 
     def prompt_tokens(self, rows: int, columns: int, like: Tensor) -> Tensor:
         # Without a prompt to wait for, nothing is missing in training either.
-        with _in_our_words():
+        with said_of(_LOOKS_AT_ROWS):
             return super().prompt_tokens(rows, columns, like.detach() if self.whole_rows else like)
-
-
-@contextmanager
-def _in_our_words() -> Iterator[None]:
-    """What is said of `router_granularity`, said of the field that this type has for it."""
-    try:
-        yield
-    except ValueError as error:
-        said = str(error).replace("`router_granularity` is 'sequence'", "`gate_input` is 'mean' or 'last_nonpad'")
-        raise ValueError(said) from error
 
 
 @final

@@ -15,9 +15,13 @@ from moe_peft.attach import RoutingContext
 from moe_peft.balance import LOAD_WINDOW
 from moe_peft.domain_config import MODEL_GATES, DomainMoeConfig
 from moe_peft.errors import refuse
+from moe_peft.prompts import said_of
 from moe_peft.tuners.base import MoeTuner, MoeTunerLayer
 from moe_peft.tuners.domain_experts import DomainExperts
 from moe_peft.tuners.scopes import RouterUnit
+
+
+_LOOKS_AT_PROMPTS = "`gate` is 'sequence' or 'prototype'"
 
 
 @final
@@ -94,12 +98,25 @@ class DomainMoeLinear(MoeTunerLayer):
         return self.domain_moe_experts[adapter_name].factors()
 
 
+class PromptContext(RoutingContext):
+    """Says `gate` where a prompt is missing, as the user wrote it."""
+
+    def _for_routers(self, module: nn.Module, given: dict[str, Any]) -> dict[str, Tensor]:
+        with said_of(_LOOKS_AT_PROMPTS):
+            return super()._for_routers(module, given)
+
+    def prompt_tokens(self, rows: int, columns: int, like: Tensor) -> Tensor:
+        with said_of(_LOOKS_AT_PROMPTS):
+            return super().prompt_tokens(rows, columns, like)
+
+
 class DomainMoeModel(MoeTuner):
     """Registered with PEFT as `DOMAIN_MOE`; made by `moe_peft.from_loras` or `get_peft_model(model, DomainMoeConfig(...))`."""
 
     prefix = "domain_moe_"
     tuner_layer_cls = DomainMoeLinear
     layer_cls = DomainMoeLinear
+    context_cls = PromptContext
 
     def _prepare_model(self, peft_config: DomainMoeConfig, model: nn.Module) -> None:
         if peft_config.gate in MODEL_GATES and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
