@@ -101,6 +101,8 @@ def _read(path: Path) -> Dataset:
         raise ValueError(f"{path} ends in '{path.suffix}', but data must end in one of {', '.join(FILE_KINDS)}.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty. Give a file with at least one row.")
+    if kind in ("json", "csv", "text"):
+        _check_utf8(path)
     try:
         dataset = load_dataset(kind, data_files=str(path), split="train", **_how_to_read(path, kind))
     except Exception as error:
@@ -115,6 +117,19 @@ def _read(path: Path) -> Dataset:
     if not len(dataset):
         raise ValueError(f"{path} has no rows. Give a file with at least one.")
     return dataset
+
+
+def _check_utf8(path: Path) -> None:
+    """Arrow takes other bytes into a column of text without a word; whoever asks for the row then fails."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path} is not written in UTF-8: line {number} holds the byte {line[error.start]:#04x}. Save it as "
+                    "UTF-8."
+                ) from error
 
 
 def _how_to_read(path: Path, kind: str) -> dict[str, Any]:

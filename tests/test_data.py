@@ -151,6 +151,20 @@ def test_a_wrong_row_is_named(tmp_path, rows, message):
 
 
 @pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n'),
+        ("rows.csv", b"text\nw\xf6rld\n"),
+        ("rows.txt", b"a\nw\xf6rld\n"),
+    ],
+)
+def test_a_file_in_another_encoding_is_named_with_its_line(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} is not written in UTF-8: line 2 holds the byte 0xf[f6]\. Save it"):
+        training_rows(str(tmp_path / name), "train", chat=True)
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         (

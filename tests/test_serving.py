@@ -273,6 +273,31 @@ def test_what_is_no_request(served):
     assert raw(client, "GET", "/health") == (200, {"status": "ok"})
 
 
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ('"temperature": 1' + "0" * 400, "`temperature` is 1000"),
+        ('"top_p": 1' + "0" * 400, "`top_p` is 1000"),
+        ('"logit_bias": {"3": 1' + "0" * 400 + "}", "`logit_bias` is {'3': 1000"),
+        ('"logit_bias": {"3": 1e39}', "`logit_bias` is {'3': 1e+39}, but must be an object of token ids"),
+        (r'"stop": "\ud800"', r"The request holds `\ud800`, half of a surrogate pair"),
+        (r'"\ud800": 1', r"The request holds `\ud800`, half of a surrogate pair"),
+        (r'"messages": [{"role": "user", "content": "a\udc00"}]', r"The request holds `\udc00`, half of a surrogate"),
+    ],
+    ids=lambda value: value[:24],
+)
+def test_numbers_and_texts_that_json_alone_can_hold_are_refused(served, given, sentence):
+    engine, client = served
+    body = f'{{"model": "{engine.name}", "messages": [{{"role": "user", "content": "Hi"}}], {given}}}'.encode()
+    status, answer = raw(client, "POST", "/v1/chat/completions", body, **{"content-type": "application/json"})
+    assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+    assert sentence in answer["error"]["message"]
+
+
+def test_a_whole_character_beyond_the_basic_plane_is_taken(served):
+    assert chat(served, "\U0001f600", max_tokens=2).usage.completion_tokens >= 1
+
+
 def test_a_long_body_without_a_length_is_refused_as_well(served):
     _, client = served
 

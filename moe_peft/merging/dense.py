@@ -65,15 +65,16 @@ class DensePlan:
             raise refuse("dtype", dtype, "'auto', 'float32', 'bfloat16' or 'float16'", nearest(dtype, DTYPES))
         self.folder, self.adapter = local_folder(base), local_folder(adapter)
         self.checkpoint = Checkpoint(self.folder)
-        packed = [name for name, kind in self.checkpoint.dtypes.items() if kind in ("U8", "I8")]
-        if packed:
+        stored_packed = [name for name, kind in self.checkpoint.dtypes.items() if kind in ("U8", "I8")]
+        if stored_packed:
             raise ValueError(
-                f"'{base}' is stored quantised ('{packed[0]}' in {self.checkpoint.dtypes[packed[0]]}), and a change is never "
+                f"'{base}' is stored quantised ('{stored_packed[0]}' in {self.checkpoint.dtypes[stored_packed[0]]}), and a change is never "
                 "added to a packed weight: rounding would take most of it away. Give the base in 16 or 32 bits with "
                 "`--model`; for an adapter that was trained on 4 bits add `--base-weights dequantized`."
             )
         self.base_weights, self.why = frozen_weights(self.adapter, base_weights)
-        self.packed = _packed_in_4bit(self.folder) if self.base_weights == "dequantized" else {}
+        self.transposed, packed = _layouts(self.folder)
+        self.packed = packed if self.base_weights == "dequantized" else set()
         wide = [torch_dtype(kind) for kind in self.checkpoint.dtypes.values()]
         stored = max(wide, key=wide.count)
         self.dtype = stored if dtype == "auto" else DTYPES[dtype]
@@ -115,13 +116,13 @@ class DensePlan:
         weight = self.checkpoint.read(name)
         if self.base_weights == "original" or name not in self.packed:
             return weight
-        return nf4(weight.T).T if self.packed[name] else nf4(weight)
+        return nf4(weight.T).T if name in self.transposed else nf4(weight)
 
     def _merged(self, name: str, f: Factors, sums: Tensor) -> Tensor:
         weight = self._frozen(name).float()
         change = f.B.cpu() @ f.A.cpu()
-        if change.shape != weight.shape:
-            change = change.T  # transformers' Conv1D stores [d_in, d_out]
+        if name in self.transposed:  # not told by the shapes, which agree where a linear is square
+            change = change.T
         result = (weight + change).to(self.dtype)
         kept = result.float() - weight
         sums += torch.stack(
@@ -135,15 +136,19 @@ class DensePlan:
         return result
 
 
-def _packed_in_4bit(folder: Path) -> dict[str, bool]:
-    """The weights that bitsandbytes packs when the model is loaded in 4 bits, and whether they are stored transposed."""
+def _layouts(folder: Path) -> tuple[set[str], set[str]]:
+    """The weights stored as `[d_in, d_out]`, and those that bitsandbytes packs when the model is loaded in 4 bits."""
     model = meta_backbone(AutoConfig.from_pretrained(folder))
     head = model.get_output_embeddings()
-    return {
-        f"{name}.weight": not isinstance(module, nn.Linear)
-        for name, module in model.named_modules()
-        if module is not head and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
-    }
+    transposed: set[str] = set()
+    packed: set[str] = set()
+    for name, module in model.named_modules():
+        is_conv = type(module).__name__ == "Conv1D"  # transformers', of GPT-2
+        if is_conv:
+            transposed.add(f"{name}.weight")
+        if module is not head and (is_conv or isinstance(module, nn.Linear)):
+            packed.add(f"{name}.weight")
+    return transposed, packed
 
 
 def advice(recovered: Recovered, dtype: torch.dtype) -> str:

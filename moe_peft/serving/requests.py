@@ -6,7 +6,6 @@ transformers' server leaves out in silence what it cannot do (`n`, `response_for
 
 import inspect
 import json
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -151,6 +150,7 @@ def check_completion(body: dict[str, Any], limits: Limits) -> Asked:
 
 def _check(body: dict[str, Any], known: tuple[str, ...], limits: Limits) -> Asked:
     """What both ways to ask have in common."""
+    _check_encodable(body)
     body = {name: value for name, value in body.items() if value is not None and name not in _IGNORED}
     for name, value in body.items():
         if name in _NEUTRAL:
@@ -182,6 +182,19 @@ def _check(body: dict[str, Any], known: tuple[str, ...], limits: Limits) -> Aske
     seed = body.pop("seed", None)
     body.pop("stream_options", None)  # the last chunk always carries the usage
     return Asked({name: value for name, value in body.items() if name not in _NEUTRAL}, experts, seed, new_tokens)
+
+
+def _check_encodable(body: dict[str, Any]) -> None:
+    """JSON can write half of a surrogate pair (`\\ud800`), which is no character: no tokenizer takes it, no answer holds it."""
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start].encode("unicode_escape").decode()
+        raise RequestRefused(
+            f"The request holds `{half}`, half of a surrogate pair and no character. Send whole characters."
+        ) from error
+    except RecursionError as error:
+        raise RequestRefused("The request is nested too deeply. Send a flatter one.") from error
 
 
 def _check_neutral(name: str, value: Any) -> None:
@@ -254,7 +267,13 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return -_LARGEST <= value <= _LARGEST  # false for NaN; a whole number in JSON may be too long for a float
+
+
+_LARGEST = 1e30
+"""In size, of any number in a request: what is added to logits in fp32 must stay finite."""
 
 
 def _check_with(right: Callable[[Any], bool], allowed: str, remedy: str) -> Callable[[str, Any], None]:
