@@ -140,7 +140,10 @@ def choose(
     """
     if not 1 <= number <= len(scores):
         raise refuse(
-            "select", number, f"a whole number from 1 to {len(scores)}, as many LoRAs as can be used", "Add some."
+            "select",
+            number,
+            f"a whole number from 1 to {len(scores)}, as many LoRAs as can be used",
+            "Ask for fewer, or add some.",
         )
     if candidates < number:
         raise refuse("candidates", candidates, f"at least `select` = {number}", "The paper chooses 4 of the best 8.")

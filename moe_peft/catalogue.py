@@ -96,6 +96,19 @@ def idea(name: str) -> str:
     return title.partition(": ")[2].strip()
 
 
+def at_a_glance(name: str) -> dict[str, str]:
+    """What a list of the entries shows of one: its type, experts, routing, balance and idea."""
+    config = from_catalogue(name)
+    top_k = getattr(config, "top_k", None)
+    return {
+        "type": str(getattr(config.peft_type, "value", config.peft_type)),
+        "experts": str(getattr(config, "num_experts", "-") or f"{getattr(config, 'r', '-')} ranks"),
+        "routing": getattr(config, "routing", "-") + (f", top {top_k}" if top_k else ""),
+        "balance": getattr(config, "balance", "-"),
+        "idea": idea(name),
+    }
+
+
 def adapter_config(spec: str, **overrides: Any) -> AdapterSource:
     """What `--adapter` names: a catalogue entry, a folder with an `adapter_config.json`, or an id on the Hub.
 

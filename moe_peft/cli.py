@@ -19,6 +19,7 @@ from moe_peft import cli_serving
 
 
 USER_ERROR, INTERRUPTED = 2, 130
+WIDE = 120  # columns of a terminal
 
 app = typer.Typer(
     add_completion=False,
@@ -57,20 +58,17 @@ def methods(
         raise ValueError(f"`--model` is '{model}', but there is nothing to count. Give `--compare` as well.")
     for name in names or []:
         catalogue.entry_folder(name)
+    console = Console()
+    titles = ("name", "type", "experts", "routing", "balance", "idea")
+    # A narrow terminal has room for what a reader chooses by; the card says the rest.
+    shown = titles if console.width >= WIDE else ("name", "type", "idea")
     table = Table(title="Methods for --adapter", caption="Each has a card: adapters/NAME/README.md")
-    for title in ("name", "type", "experts", "routing", "balance", "idea"):
+    for title in shown:
         table.add_column(title, overflow="fold")
     for name in names or catalogue.methods():
-        config = catalogue.from_catalogue(name)
-        kind = str(getattr(config.peft_type, "value", config.peft_type))
-        top_k = getattr(config, "top_k", None)
-        routing = getattr(config, "routing", "-") + (f", top {top_k}" if top_k else "")
-        experts, balance = (
-            str(getattr(config, "num_experts", "-") or f"{config.r} ranks"),
-            getattr(config, "balance", "-"),
-        )
-        table.add_row(name, kind, experts, routing, balance, catalogue.idea(name))
-    Console().print(table)
+        cells = {"name": name, **catalogue.at_a_glance(name)}
+        table.add_row(*(cells[title] for title in shown))
+    console.print(table)
 
 
 @app.command(

@@ -205,7 +205,8 @@ def _print_accuracy(
     """How often the gate goes where the text belongs, on rows that no prototype was made from where there are any."""
     if model.peft_config[model.active_adapter].gate == "given":  # type: ignore[union-attr,index]
         return
-    table = Table(title="How often the gate chooses a text's own domain")
+    by_chance = f"by chance it would be {1 / len(rows):.0%}"
+    table = Table(title="How often the gate chooses a text's own domain", caption=by_chance)
     table.add_column("domain")
     table.add_column("share", justify="right")
     starts = {name: PROMPTS if len(of.dataset) >= 2 * PROMPTS else 0 for name, of in rows.items()}

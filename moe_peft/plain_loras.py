@@ -98,7 +98,8 @@ def _check_source(source: Any) -> None:
     if not isinstance(source, (str, Path)) or not str(source).strip():
         remedy = "Write 'path/to/law' or 'someone/law-lora'."
         raise refuse("lora", source, "the folder or the Hub id of a plain LoRA", remedy)
-    folder, looks_local = Path(source), str(source).startswith((".", "/", "~")) or str(source).count("/") > 1
+    # An id on the Hub is "someone/name": with no slash, or with more, it is a path.
+    folder, looks_local = Path(source), str(source).startswith((".", "/", "~")) or str(source).count("/") != 1
     if not folder.is_dir():
         if folder.exists():
             raise ValueError("it is a file: give the folder that PEFT saved")

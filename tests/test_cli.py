@@ -28,6 +28,12 @@ def test_methods_lists_the_catalogue(capsys, monkeypatch):
         assert word in out
 
 
+def test_a_narrow_terminal_gets_what_a_reader_chooses_by(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = left_with(capsys, "methods", "mola")
+    assert (code, "balance" in out, "more experts higher up" in " ".join(out.split())) == (0, False, True)
+
+
 def test_methods_compares_sizes_on_a_backbone(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "200")
     make_family("gpt2").config.save_pretrained(tmp_path)

@@ -231,6 +231,7 @@ REFUSED = [
         400,
         "`disable_expert` is not a field of a request. Did you mean 'disable_",
     ),
+    ({"stream_options": {"include_usage": "x"}}, 400, "must be an object with `include_usage` alone, true or false"),
     ({"extra_body": {"disable_experts": 3}}, 400, "`disable_experts` is 3, but must be a list of experts"),
     ({"extra_body": {"force_experts": [-1]}}, 400, "`force_experts` is [-1], but must be a list of experts"),
     ({"extra_body": {"domain": [1]}}, 400, "`domain` is [1], but must be the name or the number of one domain."),

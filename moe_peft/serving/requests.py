@@ -297,8 +297,10 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
         lambda value: isinstance(value, bool), "true or false", "Leave it out for one whole answer."
     ),
     "stream_options": _check_with(
-        lambda value: isinstance(value, dict) and value.keys() <= {"include_usage"},
-        "an object with `include_usage` alone",
+        lambda value: (
+            isinstance(value, dict) and all(k == "include_usage" and isinstance(v, bool) for k, v in value.items())
+        ),
+        "an object with `include_usage` alone, true or false",
         "The usage comes with the last chunk in any case.",
     ),
     "temperature": _check_with(
