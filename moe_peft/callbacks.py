@@ -224,7 +224,7 @@ class MoeCallback(TrainerCallback, ExportableState):
                 "one domain only, so that it learned to choose it for everything" if len(met) == 1 else "some domains"
             )
             warnings.warn(
-                f"The gate was trained on samples of {alone}: {', '.join(met)}; it saw none of {', '.join(missed)}. Put "
+                f"The gate was trained on samples of {alone}: {_listed(met)}; it saw none of {_listed(missed)}. Put "
                 "samples of every domain into the data set, with their column `task_type`, and train the gate again.",
                 stacklevel=2,
             )
@@ -248,6 +248,11 @@ class MoeCallback(TrainerCallback, ExportableState):
             "`router_init_std` = 0.02.",
             stacklevel=2,
         )
+
+
+def _listed(names: list[str], most: int = 6) -> str:
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 class AutomaticMoeCallback(MoeCallback):

@@ -218,6 +218,7 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path):
 WITHOUT_ROUTER = {"moram", "mos", "mosa", "smoe-dropout", "task-moe", "thor"}  # or with one that is not trained
 
 
+@pytest.mark.filterwarnings("ignore:The gate was trained on samples of some domains")  # three steps, 28 domains
 @pytest.mark.parametrize("name", [name for name in methods() if from_catalogue(name).task_type != "SEQ_CLS"])
 def test_every_method_trains_and_comes_back_the_same(name, rows, tmp_path):
     out = tmp_path / "out"
@@ -366,12 +367,12 @@ def test_conversations_are_trained_on_the_assistants_turns(tmp_path):
 
 def test_rows_that_do_not_fit_are_counted_and_none_at_all_is_an_error(tmp_path):
     path = write(tmp_path / "d.jsonl", [{"prompt": "a" * n, "completion": "bcdef"} for n in (4, 6, 40)])
-    arguments = ["--dataset", path, "--max_steps", "1", "--output_dir", str(tmp_path), "--set", "num_experts=2"]
-    printed = trained(*arguments, "--max_length", "10")
+    arguments = ["--dataset", path, "--max_steps", "1", "--set", "num_experts=2"]
+    printed = trained(*arguments, "--max_length", "10", "--output_dir", str(tmp_path / "ten"))
     assert "1 of 3 rows are left out: their prompts alone fill `max_length` = 10." in printed
     assert "2 rows are cut at `max_length` = 10 tokens." in printed
     with pytest.raises(ValueError, match=r"None of the 3 rows is left: .* `max_length` = 3. Raise `--max_length`"):
-        trained(*arguments, "--max_length", "3")
+        trained(*arguments, "--max_length", "3", "--output_dir", str(tmp_path / "three"))
 
 
 def test_an_adapter_that_fits_no_layer_is_refused(rows, tmp_path):
