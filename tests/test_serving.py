@@ -17,7 +17,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from moe_peft import FfnMoeConfig, LinearMoeConfig, RankMoeConfig, ShardPoolConfig, cli
+from moe_peft import DomainMoeConfig, FfnMoeConfig, LinearMoeConfig, RankMoeConfig, ShardPoolConfig, cli
 from moe_peft.loaded import load_adapter
 from moe_peft.pocket import make_suite
 from moe_peft.saving import save_adapter
@@ -456,8 +456,13 @@ def test_without_the_module_for_switches_the_fields_are_refused(served, monkeypa
     [
         (linear(router_granularity="sequence"), "its routers look at whole sequences"),
         (linear(routing="given", expert_groups=[[0], [1, 2]], balance="none"), "its experts follow the samples' task"),
+        (
+            DomainMoeConfig(domains=["law", "code"], gate="given", task_type="CAUSAL_LM"),
+            "its experts follow the samples'",
+        ),
+        (DomainMoeConfig(domains=["law", "code"], gate="sequence", task_type="CAUSAL_LM"), "look at whole sequences"),
     ],
-    ids=["sequence", "given"],
+    ids=["sequence", "given", "domains given", "domains by prompt"],
 )
 def test_adapters_that_would_mix_requests_are_served_without_batches(config, reason, tmp_path):
     folder = make_bundle(config, tmp_path)
@@ -495,6 +500,7 @@ TYPES = {
     "rank": RankMoeConfig(init_weights=False, task_type="CAUSAL_LM"),
     "shards": ShardPoolConfig(init_weights=False, task_type="CAUSAL_LM"),
     "model scope": linear(router_scope="model"),
+    "domains": DomainMoeConfig(domains=["law", "code"], r=2, lora_alpha=64, init_weights=False, task_type="CAUSAL_LM"),
 }
 
 

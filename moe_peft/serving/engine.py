@@ -31,7 +31,7 @@ from moe_peft.tuners.layer import MoeTunerLayer
 
 
 _NO_ADAPTER = {"subfolder": "none"}
-_TOKEN_LOCAL = ("LINEAR_MOE", "FFN_MOE", "RANK_MOE", "SHARD_POOL", "LORA")
+_TOKEN_LOCAL = ("LINEAR_MOE", "FFN_MOE", "RANK_MOE", "SHARD_POOL", "DOMAIN_MOE", "LORA")
 """Types of adapters that route every token by itself, unless their config says otherwise."""
 
 DEFAULT_NEW_TOKENS = 1024  # as `transformers serve`
@@ -128,7 +128,7 @@ def why_not_batched(model: PeftModel) -> str | None:
         return f"adapters of type {kind} are not known to look at each token by itself"
     if any(layer.routes_sequences() for layer in model.modules() if isinstance(layer, MoeTunerLayer)):
         return "its routers look at whole sequences, and would mix the requests of a batch"
-    if getattr(config, "expert_groups", None):
+    if getattr(config, "expert_groups", None) or getattr(config, "gate", None) == "given":
         return "its experts follow the samples' task types, which the requests of a batch would share"
     base: Any = model.get_base_model()
     if not hasattr(base, "init_continuous_batching"):
