@@ -4,6 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import make_tiny_llama
+from peft import LoraConfig, get_peft_model
 
 import moe_peft
 from moe_peft import cli
@@ -52,6 +55,23 @@ def test_the_python_lines_of_the_readme_hold():
     namespace: dict = {}
     exec("\n".join(line for line in lines if line.startswith(("import", "config"))), namespace)
     assert isinstance(namespace["config"], moe_peft.LinearMoeConfig)
+
+
+def test_the_lines_on_domains_run(tmp_path, monkeypatch):
+    """With a tiny base in the place of the reader's, and LoRAs where the lines look for them."""
+    text = (ROOT / "README.md").read_text()
+    block = next(b for b in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "from_loras" in b)
+    monkeypatch.chdir(tmp_path)
+    for name in ("law", "code"):
+        config = LoraConfig(target_modules=["up_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        get_peft_model(make_tiny_llama(), config).save_pretrained(f"loras/{name}")
+    ids = torch.arange(1, 9)[None]
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    base = make_tiny_llama()
+    base.generation_config.max_new_tokens = 2
+    known = {"base": base, "law_batches": batches, "code_batches": batches, "inputs": batches[0], "moe_peft": moe_peft}
+    exec(block, known)
+    assert list(known["model"].peft_config["default"].domains) == ["law", "code"]
 
 
 def test_the_make_targets_of_the_readme_exist():
