@@ -9,21 +9,21 @@
     B|do:abcd>dcba
     ...
 
-The pocket backbone reads single questions only. It is first taught the form, with the meanings of the tags that it was
-pre-trained on ("the backbone"). Then every tag gets another meaning, ten domains in conflict with the backbone and with
-one another, and a LoRA is trained for each on single questions (`A|do:abcd>`), as in MeteoRA (arXiv:2405.13053, its
-composite-n tasks). No expert ever sees a composite question. Rows:
+The pocket backbone is first taught the form, with the meanings of the tags that it was pre-trained on ("the backbone").
+Then every tag gets another meaning, ten domains in conflict with the backbone and with one another, and a LoRA is trained
+for each on questions about it alone (`A-A|do:abcd;`), as in MeteoRA (arXiv:2405.13053, its composite-n tasks). No expert
+ever sees a question about two tags. Rows:
 
     backbone       without any adapter, asked for the old meanings: how well it knows the form
     lora           one LoRA of the experts' total rank, on the single questions of all tags
     lora+few       the same, trained on with the few composite questions that "token+few" gets
-    told           the experts, the tag of each token told: what the experts can do at most
+    told           the experts, the tag of each token told: its line's
     sequence       a gate on the prompt, one expert for all of the answer
-    token          a gate per token and linear, taught by the labels of single questions
-    token+few      the same kind of gate, taught by the loss on a few composite questions; the experts are frozen
+    token          a gate per token and linear with a null expert, taught by labels and loss on single questions
+    token+few      the same kind of gate, taught by the loss alone on a few composite questions; the experts are frozen
 
-A part is right if every token of it is the most likely one after the right ones before it; an answer if all ten are,
-which is when greedy decoding writes it.
+A part is right if every token of its line is the most likely one after the right ones before it; an answer if all ten and
+the end are, which is when greedy decoding writes it.
 """
 
 import argparse
@@ -46,8 +46,14 @@ TAGS = "ABCDEFGHIJ"
 SKILLS = "rev next prev swap rotl rotr copy upper dbl odd even first last".split()
 FFN = ["gate_proj", "up_proj", "down_proj"]
 METHODS = ("backbone", "lora", "lora+few", "told", "sequence", "token", "token+few")
-RANK, RATE, GATE_RATE, FORM_RATE = 4, 4.5e-3, 5e-3, 1e-3
-FORM_STEPS, STEPS, GATE_STEPS = 1200, 100, 150
+RANK, RATE, GATE_RATE, FORM_RATE = 4, 1.5e-3, 2e-2, 1e-3
+FORM_STEPS, STEPS, GATE_STEPS = 1800, 150, 300
+GATES: dict[str, dict[str, Any]] = {
+    "told": {"gate": "given"},
+    "sequence": {"gate": "sequence", "gate_training": "labels"},
+    "token": {"gate": "token", "gate_training": "both", "router_supervision_coef": 1.0, "num_null_experts": 1},
+    "token+few": {"gate": "token", "gate_training": "loss", "num_null_experts": 1},
+}
 FEW, TESTED = 200, 64
 
 
@@ -62,36 +68,39 @@ def meanings(seed: int) -> dict[str, str]:
             return drawn
 
 
-def single(rng: random.Random, tag: str, means: dict[str, str]) -> dict[str, str]:
-    """`A|do:abcd>` and its answer."""
-    from moe_peft.pocket.world import SKILLS as FUNCTIONS
-    from moe_peft.pocket.world import random_text
-
-    text = random_text(rng, 3, 4)
-    return {"prompt": f"{tag}|do:{text}>", "completion": FUNCTIONS[means[tag]](text), "domain": tag}
-
-
 def composite(rng: random.Random, tags: str, means: dict[str, str]) -> dict[str, str]:
     """One question about all of these neighbouring tags, and an answer with a line for each."""
     from moe_peft.pocket.world import SKILLS as FUNCTIONS
     from moe_peft.pocket.world import random_text
 
     text = random_text(rng, 3, 4)
-    lines = [f"{tag}|do:{text}>{FUNCTIONS[means[tag]](text)}" for tag in tags]
-    return {"prompt": f"{tags[0]}-{tags[-1]}|do:{text};", "completion": "\n".join(lines), "domain": tags}
+    lines = [f"{tag}|do:{text}>{FUNCTIONS[means[tag]](text)}\n" for tag in tags]
+    return {"prompt": f"{tags[0]}-{tags[-1]}|do:{text};", "completion": "".join(lines), "domain": tags}
+
+
+def single(rng: random.Random, tag: str, means: dict[str, str]) -> dict[str, Any]:
+    """A question about one tag alone. Its answer is a line that more could follow: no end of the text is taught."""
+    return {**composite(rng, tag, means), "goes_on": True}
 
 
 def form_rows(count: int) -> list[Any]:
-    """What teaches the backbone the form: half whole composites, a quarter shorter ones, a quarter of what it knows."""
+    """What teaches the backbone the form: whole composites, shorter ones, and a fifth of what it was pre-trained on.
+
+    In half of the composites the answers are by any skills at all. Without them the backbone tells the next line's tag from
+    the answers before it, and loses its place as soon as a tag means something else.
+    """
     from moe_peft.pocket.world import TAGGED_SKILLS, make_world, random_row
 
     rng, world, rows = random.Random("composite/form"), make_world(), []
     for _ in range(count):
         kind = rng.random()
-        if kind < 0.75:
-            number = len(TAGS) if kind < 0.5 else rng.randint(1, len(TAGS))
+        if kind < 0.8:
+            number = len(TAGS) if kind < 0.6 else rng.randint(1, len(TAGS))
             first = rng.randint(0, len(TAGS) - number)
-            rows.append(composite(rng, TAGS[first : first + number], TAGGED_SKILLS))
+            means = dict(TAGGED_SKILLS)
+            if rng.random() < 0.5:
+                means |= {tag: rng.choice(SKILLS) for tag in TAGS}
+            rows.append(composite(rng, TAGS[first : first + number], means))
         else:
             rows.append(random_row(world, rng))
     return rows
@@ -143,6 +152,8 @@ class Bench:
 
         settings = TrialSettings(rate, 4 if self.quick else steps, batch, self.seed)
         dataset = tokenized(rows, self.tokenizer, list(TAGS) if labels else ())
+        if "goes_on" in rows[0]:
+            dataset = dataset.map(lambda row: {name: row[name][:-1] for name in ("input_ids", "labels")})
         train_on(model, self.tokenizer, dataset, settings, self.folder)
 
     def experts(self) -> dict[str, Path]:
@@ -178,18 +189,15 @@ class Bench:
             if method == "lora+few":
                 self.train(model, self.few, RATE / 3, GATE_STEPS)
             return model
-        gate = {"told": "given", "sequence": "sequence"}.get(method, "token")
-        labels = method in ("sequence", "token")
-        settings = {"gate_training": "labels"} if labels else {}
-        model = from_loras(self.experts(), self.backbone(), gate=gate, check_base=False, **settings)
-        if labels:
-            self.train(model, self.all_singles(), GATE_RATE, GATE_STEPS, labels=True)
-        elif method == "token+few":
+        model = from_loras(self.experts(), self.backbone(), check_base=False, **GATES[method])
+        if method == "token+few":
             self.train(model, self.few, GATE_RATE, GATE_STEPS)
+        elif method != "told":
+            self.train(model, self.all_singles(), GATE_RATE, GATE_STEPS, labels=True)
         return model
 
     def parts_right(self, model: Any, rows: list[Any], told: bool = False) -> list[list[bool]]:
-        """For each row, whether each line of its answer is right; `told` says the tag of each token to the model."""
+        """For each row, whether each line of its answer is right, and its end; `told` says each token's tag to the model."""
         from contextlib import nullcontext
 
         import torch
@@ -197,32 +205,30 @@ class Bench:
         from moe_peft import task_types
 
         ids, targets, lines = encoded(self.tokenizer, rows)
-        types = task_types(model, lines.clamp(min=0)[:, :-1]) if told else nullcontext()
+        types = task_types(model, lines.clamp(0, len(TAGS) - 1)[:, :-1]) if told else nullcontext()
         model.eval()
         with torch.no_grad(), types:
             mask = (ids[:, :-1] != self.tokenizer.pad_token_id).long()
             predicted = model(input_ids=ids[:, :-1], attention_mask=mask, use_cache=False).logits.argmax(-1)
         wrong = (predicted != targets[:, 1:]) & (targets[:, 1:] != -100)
         return [
-            [not bool((w & (line[1:] == n)).any()) for n in range(len(TAGS))]
+            [not bool((w & (line[1:] == n)).any()) for n in range(len(TAGS) + 1)]
             for w, line in zip(wrong, lines, strict=True)
         ]
 
 
 def encoded(tokenizer: Any, rows: list[Any]) -> tuple[Any, Any, Any]:
-    """Ids, labels and the number of the line that each token belongs to (-1 in the prompt), right-padded `[B, S]`."""
+    """Ids, labels and the number of the line that each token belongs to (-1 in the prompt, 10 for the end), right-padded `[B, S]`."""
     import torch
 
     found = []
     for row in rows:
         prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
         answer, line = [], []
-        parts = row["completion"].split("\n")
-        for number, part in enumerate(parts):
-            text = part if number == len(parts) - 1 else part + "\n"
-            more = tokenizer(text, add_special_tokens=False)["input_ids"]
+        for number, part in enumerate(row["completion"].splitlines(keepends=True)):
+            more = tokenizer(part, add_special_tokens=False)["input_ids"]
             answer, line = answer + more, line + [number] * len(more)
-        answer, line = [*answer, tokenizer.eos_token_id], [*line, len(parts) - 1]
+        answer, line = [*answer, tokenizer.eos_token_id], [*line, len(TAGS)]
         found.append((prompt + answer, [-100] * len(prompt) + answer, [-1] * len(prompt) + line))
     longest = max(len(ids) for ids, _, _ in found)
     pads = (tokenizer.pad_token_id, -100, -1)
@@ -260,7 +266,7 @@ def run(method: str, bench: Bench) -> dict[str, Any]:
         "method": method,
         "seed": bench.seed,
         "meanings": bench.means,
-        "parts": statistics.mean(part for row in right for part in row),
+        "parts": statistics.mean(part for row in right for part in row[: len(TAGS)]),
         "answers": statistics.mean(all(row) for row in right),
         "by_tag": {tag: statistics.mean(row[n] for row in right) for n, tag in enumerate(TAGS)},
     }

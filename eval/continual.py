@@ -1,6 +1,6 @@
 """Domains learnt one after another: what a method still knows of the earlier ones, and of what the backbone knew before.
 
-    python eval/continual.py                        # three seeds of eight domains: about fifteen minutes on one core
+    python eval/continual.py                        # three seeds of eight domains: about forty minutes on one core
     python eval/continual.py --seeds 1 --methods lora moram
     python eval/continual.py --report               # trains nothing: tables and plot of the runs on disk
 
@@ -8,11 +8,14 @@ After each domain every domain so far is scored, and the probe of facts from the
 
     lora         one plain LoRA, trained on
     expert+GATE  a LoRA per domain, each trained alone on the bare backbone, made into one adapter by `from_loras`; GATE
-                 says who chooses. "token" and "sequence" are trained on the text of the domains so far, by its labels;
-                 "prototype" takes a mean of it, "arrow" and "given" nothing ("given" is told the domain of each row).
+                 says who chooses. "token" and "sequence" are trained on the text of the domains so far, the experts frozen:
+                 "sequence" by its labels, "token" by labels and language-model loss alike (by labels alone, or with
+                 MeteoRA's weight of 50 on them, it is worse); "prototype" takes a mean of it, "arrow" and "given" nothing
+                 ("given" is told the domain of each row).
     moram        ranks that choose themselves; new ones for each domain, the earlier ones frozen
 
-All end with the same rank in sum. A run is appended to a file as it ends, so that an interrupted command goes on.
+All end with the same rank in sum. Rates and steps of the gates are those that were best on seed 10, which is in no table.
+A run is appended to a file as it ends, so that an interrupted command goes on.
 """
 
 import argparse
@@ -34,8 +37,13 @@ SUITE, DIFFICULTY = "fact8tag", {"repeats": [1, 2, 4, 8, 16]}
 FFN = ["gate_proj", "up_proj", "down_proj"]
 GATES = ("given", "prototype", "arrow", "sequence", "token")
 METHODS = ("lora", *(f"expert+{gate}" for gate in GATES), "moram")
-RANK, RATE, GATE_RATE = 4, 4.5e-3, 5e-3  # of each domain; the rate is the one that was best for LoRA on the yardstick
-STEPS, GATE_STEPS = 100, 60
+RANK, RATE = 4, 4.5e-3  # of each domain; the rate is the one that was best for LoRA on the yardstick
+STEPS, GATE_STEPS = 100, 300
+GATE_RATES = {"token": 2e-2, "sequence": 5e-2}
+TRAINED_GATES: dict[str, dict[str, Any]] = {
+    "token": {"gate_training": "both", "router_supervision_coef": 1.0},
+    "sequence": {"gate_training": "labels"},
+}
 
 
 class Bench:
@@ -141,25 +149,29 @@ def experts(bench: Bench) -> dict[str, Path]:
 def expert_per_domain(bench: Bench, gate: str) -> list[dict[str, Any]]:
     """One adapter of the experts so far after each domain; the gate is made anew."""
     from moe_peft import from_loras, set_prototypes
+    from moe_peft.gate_accuracy import gate_accuracy
 
     folders, stages = experts(bench), []
     for number in range(1, len(bench.domains) + 1):
         domains = bench.domains[:number]
-        trained = gate in ("token", "sequence") and number > 1
-        settings = {"gate_training": "labels"} if trained else {}
+        trained = gate in TRAINED_GATES and number > 1
+        settings = TRAINED_GATES[gate] if trained else {}
         base = bench.backbone()
         model = from_loras({name: folders[name] for name in domains}, base, gate=gate, check_base=False, **settings)
         if trained:
-            bench.train(model, domains, GATE_RATE, GATE_STEPS, labels=True)
+            bench.train(model, domains, GATE_RATES[gate], GATE_STEPS, labels=True)
         if gate == "prototype" and number > 1:
             set_prototypes(model, {name: [prompts(bench, name)] for name in domains})
         stages.append(bench.scores(model, domains, told=gate == "given"))
+    if gate != "given":
+        batches = {domain: [prompts(bench, domain, "test")] for domain in bench.domains}
+        stages[-1]["gate_accuracy"] = gate_accuracy(model, batches)
     return stages
 
 
-def prompts(bench: Bench, domain: str) -> dict[str, Any]:
-    """The prompts of a domain's training rows as one batch."""
-    texts = [row["prompt"] for row in bench.rows([domain])]
+def prompts(bench: Bench, domain: str, part: str = "train") -> dict[str, Any]:
+    """The prompts of a domain's rows as one batch."""
+    texts = [row["prompt"] for row in bench.rows([domain], part)]
     batch = bench.tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
 

@@ -56,6 +56,28 @@ def line(method: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def gate_table(runs: list[dict[str, Any]]) -> list[str]:
+    """How often each gate decides for the domain's own expert in the end, a row per gate."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for run in runs:
+        if "gate_accuracy" in run["stages"][-1]:
+            found.setdefault(run["method"], []).append(run["stages"][-1]["gate_accuracy"])
+    if not found:
+        return []
+    domains = list(next(iter(found.values()))[0])
+    text = [
+        "",
+        "Share of the gate's decisions on held-out prompts (per token and layer where it decides so) that are for the",
+    ]
+    text += ["domain's own expert, after the last domain; chance is " + f"{1 / len(domains):.3f}:", ""]
+    text += ["| gate | mean |" + "".join(f" {name} |" for name in domains), "|---" * (len(domains) + 2) + "|"]
+    for method, of in found.items():
+        means = {name: statistics.mean(run[name] for run in of) for name in domains}
+        cells = "".join(f" {means[name]:.2f} |" for name in domains)
+        text.append(f"| {method} | {statistics.mean(means.values()):.2f} |{cells}")
+    return text
+
+
 def write_report(runs: list[dict[str, Any]], folder: Path) -> None:
     """`summary.json`, `summary.md` and `matrix.png`."""
     lines = [line(method, of) for method, of in by_method(runs).items()]
@@ -67,6 +89,7 @@ def write_report(runs: list[dict[str, Any]], folder: Path) -> None:
         seeds = " ".join(f"{score:.2f}" for score in row["seeds"])
         known = "–" if row["knowledge"] is None else f"{row['knowledge']:.2f}"
         text.append(f"| {row['method']} | {row['final']:.2f} | {seeds} | {row['forgotten']:.2f} | {known} |")
+    text += gate_table(runs)
     for row in lines:
         domains = list(row["matrix"])
         text += ["", f"**{row['method']}**: a row per domain, a column per stage", ""]
@@ -86,7 +109,7 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
 
     columns = 4
     rows = -(-len(lines) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3 * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3.3 * rows), squeeze=False, layout="constrained")
     image = None
     for axis, row in zip(axes.flat, lines, strict=False):
         values = [[float("nan") if score is None else score for score in scores] for scores in row["matrix"].values()]
@@ -95,6 +118,7 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
         axis.set_xticks(range(len(names)), names)
         axis.set_yticks(range(len(names)), names)
         axis.set_title(f"{row['method']}: {row['final']:.2f}", fontsize=10)
+    for axis in axes[-1]:
         axis.set_xlabel("after learning")
     for axis in list(axes.flat)[len(lines) :]:
         axis.axis("off")

@@ -18,6 +18,7 @@ caller's.
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -28,8 +29,7 @@ from moe_peft.errors import nearest, refuse
 from moe_peft.frozen import freeze
 from moe_peft.merge import Batch
 from moe_peft.pruning import expert_scores
-from moe_peft.resizing import chosen_layers, rebuild, resizable_layers, with_counts
-from moe_peft.tuners.linear_moe import LinearMoeLinear, RoutedLora
+from moe_peft.resizing import chosen_layers, rebuild, resizable_layers, together, with_counts
 
 
 STARTS = ("zero", "most_used")
@@ -45,7 +45,8 @@ def add_experts(
     router_bias_start: float = 0.0,
     adapter_name: str = "default",
 ) -> dict[str, int]:
-    """Give layers of a LINEAR_MOE adapter `n` further routed experts, in place; the config's `num_experts` follows.
+    """Give layers of a LINEAR_MOE adapter, or blocks of an FFN_MOE one, `n` further routed experts, in place; the config's
+    `num_experts` follows.
 
     Old experts and their router rows are kept bit for bit. Make a new optimizer before training on.
 
@@ -61,7 +62,7 @@ def add_experts(
             0 it needs a router with a bias.
 
     Returns:
-        module name -> how many experts it has now.
+        name of the module, or of the block -> how many experts it has now.
 
     Raises:
         ValueError: wrong arguments, another adapter type, a merged adapter, a layer with one expert and no router.
@@ -85,13 +86,14 @@ def add_experts(
     sources = _sources(model, {name: found[name] for name in grown}, init_from, calibration, adapter_name)
     model.peft_config[adapter_name].num_experts = config.num_experts
     for name in grown:
-        experts = rebuild(found[name], adapter_name, config, [*range(counts[name]), *[sources[name]] * n])
-        if init_from == "zero":
-            _reset(experts, counts[name], n)
+        made = rebuild(found[name], adapter_name, config, [*range(counts[name]), *[sources[name]] * n])
+        for experts in made:
+            if init_from == "zero":
+                _reset(experts, counts[name], n)
+            if freeze_old:
+                freeze(experts, range(counts[name]))
         if router_bias_start:
-            experts.router_bias.data[counts[name] : counts[name] + n] += router_bias_start
-        if freeze_old:
-            freeze(experts, range(counts[name]))
+            made[0].router_bias.data[counts[name] : counts[name] + n] += router_bias_start
     return wanted
 
 
@@ -119,10 +121,11 @@ def freeze_experts(
         if any(isinstance(e, bool) or not isinstance(e, int) or not 0 <= e < have for e in numbers):
             raise refuse("experts", numbers, f"numbers from 0 to {have - 1}, the experts of {name}", "Counted from 0.")
     for name in chosen:
-        freeze(found[name].experts(adapter_name), numbers)
+        for layer in together(found[name]):
+            freeze(layer.experts(adapter_name), numbers)
 
 
-def _check_bias(start: float, layers: dict[str, LinearMoeLinear], adapter_name: str) -> None:
+def _check_bias(start: float, layers: dict[str, Any], adapter_name: str) -> None:
     if isinstance(start, bool) or not isinstance(start, (int, float)) or not math.isfinite(start):
         raise refuse("router_bias_start", start, "a number", "-10 makes it as good as never chosen at first.")
     without = [n for n, layer in layers.items() if getattr(layer.experts(adapter_name), "router_bias", None) is None]
@@ -147,7 +150,7 @@ def _check_start(init_from: str | int, name: str, count: int) -> None:
 
 def _sources(
     model: PeftModel,
-    layers: dict[str, LinearMoeLinear],
+    layers: dict[str, Any],
     init_from: str | int,
     calibration: Iterable[Batch] | None,
     adapter_name: str,
@@ -174,13 +177,17 @@ def _sources(
 
 
 @torch.no_grad()
-def _reset(experts: RoutedLora, first: int, n: int) -> None:
+def _reset(experts: Any, first: int, n: int) -> None:
     """B = 0, a fresh A as at the start of training, and a router row of zeros."""
     new = slice(first, first + n)
     experts.lora_B[new] = 0
     if len(experts.lora_A) > 1:  # one A that all experts share stays
         for expert in experts.lora_A[new]:
             nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
-    for rows in (experts.router, getattr(experts, "router_bias", None), getattr(experts, "selection_bias", None)):
+    for rows in (
+        getattr(experts, "router", None),
+        getattr(experts, "router_bias", None),
+        getattr(experts, "selection_bias", None),
+    ):
         if rows is not None:
             rows[new] = 0

@@ -73,7 +73,9 @@ def merge(
 
 
 def shrink(
-    adapter: Annotated[str, typer.Argument(help="The folder of a LINEAR_MOE adapter, or an id on the Hub.")],
+    adapter: Annotated[
+        str, typer.Argument(help="The folder of a LINEAR_MOE or FFN_MOE adapter, or an id on the Hub.")
+    ],
     calibration: Annotated[str, typer.Option(help="Text to choose by, as for `train --dataset`.")],
     output: Annotated[
         Path, typer.Option(help="A new or empty folder for the smaller adapter and moe_peft_shrink.json.")

@@ -4,24 +4,27 @@ The score is EASY-EP's (arXiv:2504.06792), summed over the tokens t that visit e
 
     I_e = sum_t g_te |E_e(x_t)|_2 max(0, 1 - cos(h_t, h_t + sum_e g_te E_e(x_t)))
 
-There h is the residual stream around a whole MoE block. Here a router sits on each linear layer, and h is that layer's
-output before its routed experts are added; shared experts belong to "before". What is left is not trained further: the
+There h is the residual stream around a whole MoE block. Here h is what the routed experts are added to: the output of the
+linear layer that the router sits on, or of the frozen FFN block (`block_scores`); shared experts belong to it. What is left is not trained further: the
 rule rescales the weights of the remaining experts, and how the model fares is to be measured afterwards.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
+from moe_peft.block_scores import block_easy_ep, easy_ep_of_outputs, observing_blocks
+from moe_peft.config import FfnMoeConfig
 from moe_peft.config_checks import check_flags
 from moe_peft.errors import nearest, refuse
 from moe_peft.merge import Batch, observing, on_device
 from moe_peft.resizing import chosen_layers, rebuild, resizable_layers, with_counts
-from moe_peft.routing import routing_dtype
+from moe_peft.routing import Routing, dense_weights, routing_dtype
 from moe_peft.tuners.base import layer_place
+from moe_peft.tuners.ffn_moe import FfnMoeLinear
 from moe_peft.tuners.linear_moe import RoutedLora
 
 
@@ -33,7 +36,7 @@ class PrunedLayer(NamedTuple):
     """One line of what `prune_experts` does.
 
     Attributes:
-        layer: the module's name.
+        layer: the name of the module, or of the FFN block.
         kept, dropped: numbers of its experts before pruning, in order.
         share: of the layer's summed score, what the kept ones have; 1.0 where all scores are 0.
     """
@@ -72,15 +75,15 @@ def easy_ep(experts: RoutedLora, x: Tensor, y: Tensor, g: Tensor) -> Tensor:
     gated = hidden * g.to(dtype).unsqueeze(-1)
     routed = experts.scaling * gated[:, :num_routed].flatten(1) @ B[:num_routed].flatten(0, 1)
     before = y.to(dtype) + experts.scaling * gated[:, num_routed:].flatten(1) @ B[num_routed:].flatten(0, 1)
-    moved = (1 - torch.cosine_similarity(before, before + routed, dim=-1)).clamp(min=0)
-    return (g[:, :num_routed].to(dtype) * norms[:, :num_routed] * moved.unsqueeze(-1)).sum(0)
+    return easy_ep_of_outputs(g[:, :num_routed].to(dtype), norms[:, :num_routed], before, before + routed)
 
 
 @torch.no_grad()
 def expert_scores(
     model: PeftModel, calibration: Iterable[Batch], by: str = "easy_ep", adapter_name: str = "default"
 ) -> dict[str, Tensor]:
-    """How much each expert matters on the calibration text: module name -> `[E]` in fp64, on the CPU.
+    """How much each expert matters on the calibration text: name of the module, or of the FFN block -> `[E]` in fp64, on
+    the CPU.
 
     Args:
         model: with the adapter active; nothing is changed.
@@ -105,7 +108,19 @@ def expert_scores(
         found = easy_ep(experts, x, y, gates) if by == "easy_ep" else gates[:, : counts[name]].sum(0)
         totals[name] += found.to(totals[name])
 
-    with observing(model, layers, adapter_name, see):
+    def see_block(name: str, layer: FfnMoeLinear, x: Tensor, routing: Routing, real: Tensor | None) -> None:
+        if by == "usage":
+            gates = dense_weights(routing)[:, : counts[name]]
+            totals[name] += (gates if real is None else gates[real]).sum(0).to(totals[name])
+            return
+        block = model.base_model.model.get_submodule(name)
+        totals[name] += block_easy_ep(block, layer, adapter_name, x, routing, real).to(totals[name])
+
+    of_blocks = isinstance(model.peft_config[adapter_name], FfnMoeConfig)
+    if of_blocks and by == "easy_ep":
+        _check_own_modules(layers)
+    watch, called = (observing_blocks, see_block) if of_blocks else (observing, see)
+    with watch(model, layers, adapter_name, called):
         for batch in calibration:
             model(**on_device(batch, model))
             seen += 1
@@ -115,6 +130,14 @@ def expert_scores(
             f"`model.set_adapter('{adapter_name}')` if another adapter is active."
         )
     return {name: total.cpu() for name, total in totals.items()}
+
+
+def _check_own_modules(layers: dict[str, Any]) -> None:
+    """Refuse to score blocks that are no module of their own, as in OPT: nothing could be called for one expert."""
+    for name in layers:
+        if name.rpartition(".")[2].isdigit():
+            allowed = f"'usage' where the linears of a block stand in the decoder layer itself, as in {name}"
+            raise refuse("by", "easy_ep", allowed, "Score with `expert_scores(model, text, by='usage')`.")
 
 
 def prune_experts(
@@ -127,11 +150,11 @@ def prune_experts(
 ) -> list[PrunedLayer]:
     """Keep the best experts of each layer and cut the others out, in place; the config's `num_experts` follows.
 
-    Each adapted module ranks its own experts, as each has its own router. Those that stay keep their order, weights and
+    Each adapted module, or FFN block, ranks its own experts, as each has its own router. Those that stay keep their order, weights and
     router rows bit for bit; shared experts are not touched. Make a new optimizer before training on.
 
     Args:
-        model: with a LINEAR_MOE adapter.
+        model: with a LINEAR_MOE or FFN_MOE adapter.
         keep: how many experts stay, in every layer or by layer number; layers that are not named stay whole.
         calibration: text to score the experts on (`expert_scores`); give it or `scores`.
         scores: module name -> `[E]`, higher is better.

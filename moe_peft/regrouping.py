@@ -92,7 +92,7 @@ def group_experts(
     for field, value, allowed in (("similarity", similarity, SIMILARITIES), ("merge", merge, MERGES)):
         if value not in allowed:
             raise refuse(field, value, " or ".join(map(repr, allowed)), nearest(str(value), allowed))
-    layers = resizable_layers(model, adapter_name, "Grouping experts")
+    layers = resizable_layers(model, adapter_name, "Grouping experts", blocks=False)
     config = model.peft_config[adapter_name]
     if config.routing in ("random", "given"):
         raise refuse("routing", config.routing, "one with a router", "No choice of a token could be grouped by.")

@@ -6,7 +6,7 @@ row by row: whatever follows from the number (slots, load, buffers) is decided w
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
@@ -22,9 +22,12 @@ from moe_peft.merge import routed_layers
 from moe_peft.rank_config import SELF, RankMoeConfig
 from moe_peft.shard_config import ShardPoolConfig
 from moe_peft.tuners.base import layer_place
+from moe_peft.tuners.ffn_moe import FfnMoeLinear
 from moe_peft.tuners.layer import MoeTunerLayer
-from moe_peft.tuners.linear_moe import LinearMoeLinear, RoutedLora
+from moe_peft.tuners.linear_moe import LinearMoeLinear
 
+
+Config = TypeVar("Config", LinearMoeConfig, FfnMoeConfig)
 
 ROWS_BY_EXPERT = ("lora_A", "lora_B", "router", "router_bias", "selection_bias")
 """Tensors whose first axis counts the routed experts first, then what stands behind them (shared, constant, null)."""
@@ -85,8 +88,16 @@ def check_unnamed(config: Any, adapter_name: str, doing: str) -> None:
     )
 
 
-def resizable_layers(model: PeftModel, adapter_name: str, doing: str) -> dict[str, LinearMoeLinear]:
-    """The layers of an adapter whose number of experts may change now; names as in `merge.routed_layers`.
+Resizable = LinearMoeLinear | FfnMoeLinear
+"""A layer whose number of experts can change; of an FFN block the linear that has its router."""
+
+
+def resizable_layers(model: PeftModel, adapter_name: str, doing: str, blocks: bool = True) -> dict[str, Any]:
+    """The `Resizable` layers of an adapter that may change now: names as in `merge.routed_layers`, those of the blocks
+    for FFN mixtures.
+
+    Args:
+        blocks: whether it can be done to FFN mixtures too.
 
     Raises:
         ValueError: another adapter type, a merged adapter, a setting that names experts by number.
@@ -96,7 +107,7 @@ def resizable_layers(model: PeftModel, adapter_name: str, doing: str) -> dict[st
     check_idle(layers, adapter_name, doing)
     config = model.peft_config[adapter_name]
     check_unnamed(config, adapter_name, doing)
-    if not isinstance(config, LinearMoeConfig):
+    if not isinstance(config, (LinearMoeConfig, FfnMoeConfig) if blocks else LinearMoeConfig):
         why = "Its experts are not stacked pairs of factors with a router of their own."
         instead = "Train a new adapter with another `num_experts`."
         if isinstance(config, (RankMoeConfig, ShardPoolConfig)):
@@ -104,16 +115,32 @@ def resizable_layers(model: PeftModel, adapter_name: str, doing: str) -> dict[st
         if isinstance(config, RankMoeConfig) and config.routing == SELF:
             instead = "`moe_peft.grow` gives it further ranks for a new task."
         if isinstance(config, FfnMoeConfig):
-            why = "In an FFN mixture the linear layers of a block share one router and would have to change together."
+            why = (
+                "The experts of an FFN mixture differ inside the non-linearity, so no mean of them stands for a group."
+            )
+            instead = "`moe_peft.prune_experts` cuts experts out of it."
+        kinds = "LINEAR_MOE and FFN_MOE" if blocks else "LINEAR_MOE"
         raise ValueError(
-            f"{doing} is for LINEAR_MOE adapters, and '{adapter_name}' is {config.peft_type.value}. {why} {instead}"
+            f"{doing} is for {kinds} adapters, and '{adapter_name}' is {config.peft_type.value}. {why} {instead}"
         )
     for field, why in _FIXED_BY_NUMBER.items():
         if getattr(config, field, None) is not None:
             raise refuse(field, getattr(config, field), f"None where experts come or go: {why}", "Train without it.")
     if getattr(config, "router_scope", "linear") != "linear":
         raise refuse("router_scope", config.router_scope, "'linear' where experts come or go", "Train with that.")
-    return {name: layer for name, layer in layers.items() if isinstance(layer, LinearMoeLinear)}
+    return {name: layer for name, layer in layers.items() if isinstance(layer, LinearMoeLinear)} | {
+        name.rpartition(".")[0]: layer
+        for name, layer in layers.items()
+        if isinstance(layer, FfnMoeLinear) and layer.block is not None and layer.name == layer.block.names.ins[0]
+    }
+
+
+def together(layer: Resizable) -> list[Any]:
+    """The layers that hold parts of the same experts: the linears of an FFN block, that with the router first; else this
+    one alone."""
+    if isinstance(layer, FfnMoeLinear) and layer.block is not None:
+        return [layer.block.layers[name] for name in layer.block.names.all]
+    return [layer]
 
 
 def chosen_layers(model: PeftModel, names: Iterable[str], numbers: Iterable[int] | None, field: str) -> list[str]:
@@ -137,9 +164,7 @@ def chosen_layers(model: PeftModel, names: Iterable[str], numbers: Iterable[int]
     return [name for name, place in found.items() if place is not None and place[1] in wanted]
 
 
-def with_counts(
-    model: PeftModel, config: LinearMoeConfig, counts: dict[str, int], field: str = "num_experts"
-) -> LinearMoeConfig:
+def with_counts(model: PeftModel, config: Config, counts: dict[str, int], field: str = "num_experts") -> Config:
     """The config for these numbers of experts by module, checked as at its making; nothing is changed yet.
 
     Args:
@@ -176,26 +201,32 @@ def with_counts(
 
 
 @torch.no_grad()
-def rebuild(layer: LinearMoeLinear, adapter_name: str, config: LinearMoeConfig, sources: Sequence[int]) -> RoutedLora:
+def rebuild(layer: Resizable, adapter_name: str, config: Config, sources: Sequence[int]) -> list[Any]:
     """Give the layer `len(sources)` routed experts, number i with the weights that `sources[i]` had, bit for bit.
 
     Shared, constant and null experts stay. The state of the router starts anew. The random stream is left alone.
+
+    Returns:
+        the new experts' modules, one for each layer of `together`.
     """
-    old, before = layer.experts(adapter_name), layer.num_experts[adapter_name]
-    new = refit(layer, adapter_name, config, len(sources), lambda name, old: _taken(name, old, sources, before))
-    frozen = frozen_experts(old)
-    freeze(new, [i for i, source in enumerate(sources) if source in frozen and source not in sources[:i]])
-    return new
+    before, made = layer.num_experts[adapter_name], []
+    for part in together(layer):
+        old = part.experts(adapter_name)
+        new = refit(part, adapter_name, config, len(sources), lambda name, old: _taken(name, old, sources, before))
+        frozen = frozen_experts(old)
+        freeze(new, [i for i, source in enumerate(sources) if source in frozen and source not in sources[:i]])
+        made.append(new)
+    return made
 
 
 @torch.no_grad()
 def refit(
-    layer: LinearMoeLinear,
+    layer: Resizable,
     adapter_name: str,
-    config: LinearMoeConfig,
+    config: Config,
     number: int,
     taken: Callable[[str, Tensor], Tensor],
-) -> RoutedLora:
+) -> Any:
     """Make the layer's adapter anew for `number` choices, each tensor `taken(name, old tensor)`.
 
     The state of the router starts anew. The random stream is left alone.

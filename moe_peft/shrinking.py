@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_peft.agreement import Agreement, _log_probs
+from moe_peft.config import FfnMoeConfig
 from moe_peft.merge import Batch, Experts, hidden_and_features, observing, on_device, routed_layers
 from moe_peft.saving import begin, put_in_place
 
@@ -38,7 +39,8 @@ def active(model: PeftModel, adapter_name: str) -> Iterator[None]:
 def measure_shrunk(
     model: PeftModel, held_out: Iterable[Batch], routed: str = ROUTED, shrunk: str = SHRUNK
 ) -> Agreement:
-    """What the shrunk adapter costs: the table of a merge, with the shrunk model in the merged one's place.
+    """What the shrunk adapter costs: the table of a merge, with the shrunk model in the merged one's place; without errors
+    by layer for FFN mixtures, whose experts are no sum on a layer.
 
     Args:
         model: with both adapters.
@@ -48,6 +50,8 @@ def measure_shrunk(
         ValueError: if no token can be compared, or one of the adapters is not there.
     """
     layers, smaller = routed_layers(model, routed), routed_layers(model, shrunk)
+    if isinstance(model.peft_config[routed], FfnMoeConfig):
+        return measure_adapters(model, held_out, routed, shrunk)
     error = {name: torch.zeros(2, dtype=torch.float64) for name in layers}
     context = next(iter(layers.values())).context
 

@@ -183,7 +183,8 @@ def shrink_table(found: dict[str, Agreement], parameters: dict[str, int]) -> Tab
 
 def _print_layers(console: Console, agreement: Agreement, lines: list[dict[str, Any]]) -> None:
     worst = sorted(agreement.layer_error.items(), key=lambda item: -item[1])[:5]
-    console.print("Largest errors: " + ", ".join(f"{short_name(name)} {error:.0%}" for name, error in worst))
+    if worst:
+        console.print("Largest errors: " + ", ".join(f"{short_name(name)} {error:.0%}" for name, error in worst))
     shares = [line["share"] for line in lines if "share" in line]
     if shares:
         console.print(

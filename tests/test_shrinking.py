@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from moe_peft import LinearMoeConfig, cli, prune_experts
+from moe_peft import FfnMoeConfig, LinearMoeConfig, cli, prune_experts
 from moe_peft.loaded import batches_of
 from moe_peft.merge import routed_layers
 from moe_peft.pocket import make_suite
@@ -68,6 +68,22 @@ def test_a_pruned_adapter_is_written_with_its_table(folder, tmp_path, capsys):
     for line in record["layers"]:
         kept, whole = (routed_layers(m)[line["layer"]].experts("default").lora_B for m in (again, old))
         assert torch.equal(kept, whole[line["kept"]])
+
+
+def test_an_ffn_mixture_is_shrunk_and_recovered(folder, tmp_path, capsys):
+    model, _ = load_pocket()
+    config = FfnMoeConfig(num_experts=4, r=2, lora_alpha=128, init_weights=False, router_init_std=0.5)
+    save_adapter(get_peft_model(model, config), tmp_path / "adapter")
+    out, rows = tmp_path / "small", ("--calibration", folder / "rows.jsonl", "--model", "pocket")
+    assert run("shrink", tmp_path / "adapter", *rows, "--output", out, "--keep", 2, "--recover", 2) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "What shrinking costs" in said
+    assert "Largest errors" not in said
+    record = json.loads((out / RECORD_FILE).read_text())
+    assert [line["layer"] for line in record["layers"]] == [f"model.layers.{n}.mlp" for n in range(4)]
+    assert record["parameters"]["shrunk"] < record["parameters"]["default"]
+    assert record["kl_merged"] > 0
+    assert PeftModel.from_pretrained(load_pocket()[0], out).peft_config["default"].num_experts == 2
 
 
 def test_the_table_is_the_definition(folder):

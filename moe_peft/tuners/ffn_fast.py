@@ -70,7 +70,7 @@ class FastForward:
         if layers[0].experts(adapter_name).router is None:  # nothing to ask
             return None
         leaves = [layer.ffn_moe_experts[adapter_name] for layer in layers]
-        return adapter_name if all(type(leaf) is FfnExperts and _whole(leaf) for leaf in leaves) else None
+        return adapter_name if all(_direct(leaf) for leaf in leaves) else None
 
     def mixed(self, x: Tensor, adapter_name: str) -> Tensor:
         """The block's output for `x [*, d]` with the experts of that adapter."""
@@ -123,11 +123,16 @@ class FastForward:
         return hidden, nn.functional.linear(tokens.to(dtype), router), tokens
 
 
-def _hooked(layer: nn.Module) -> bool:
-    """Whether somebody wants to see the linear called."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+def _hooked(module: nn.Module) -> bool:
+    """Whether somebody wants to see it called."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
-def _whole(leaf: FfnExperts) -> bool:
-    """Whether the adapter's weights are here: ZeRO-3 and FSDP put them away between calls of their module."""
+def _direct(leaf: nn.Module) -> bool:
+    """Whether the adapter's weights can be used without calling their module: nobody watches it (as `frozen` does), and
+    they are here; ZeRO-3 and FSDP put them away between calls."""
+    if type(leaf) is not FfnExperts or _hooked(leaf):
+        return False
     return not any(hasattr(p, "ds_id") or p.is_meta or p.numel() == 0 for p in leaf.parameters())
