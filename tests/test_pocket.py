@@ -7,8 +7,10 @@ from collections import Counter
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from moe_peft import LinearMoeConfig
 from moe_peft.pocket import (
     POCKET_DIR,
     SUITES,
@@ -22,6 +24,7 @@ from moe_peft.pocket import (
 from moe_peft.pocket.suites import COMPOSABLE_SKILLS, TAGS
 from moe_peft.pocket.tokenizer import CHARACTERS, SPECIAL_TOKENS, make_tokenizer
 from moe_peft.pocket.world import ATTRIBUTES, SKILLS, TAGGED_SKILLS, Row, random_row, skill_row, tagged_row
+from moe_peft.trial import load_pocket
 
 
 CONVERSATION = [
@@ -96,6 +99,25 @@ def test_teacher_forcing_and_generation_agree(model, tokenizer):
     forced = exact_match(model, tokenizer, rows, batch_size=64)
     assert 0.3 < share(forced) < 0.9
     assert forced == exact_match_generated(model, tokenizer, rows, batch_size=64)
+
+
+def test_a_gate_over_the_prompt_does_not_see_the_answer_that_is_scored(tokenizer):
+    torch.manual_seed(0)
+    config = LinearMoeConfig(
+        num_experts=4,
+        r=2,
+        lora_alpha=200,
+        target_modules=["up_proj", "down_proj"],
+        router_granularity="sequence",
+        routing="softmax",
+        router_init_std=3.0,
+        init_weights=False,
+    )
+    adapted = get_peft_model(load_pocket(quantize=False)[0], config)
+    rows = knowledge_probe()[:60] + skill_rows(per_skill=3)
+    forced = exact_match(adapted, tokenizer, rows, batch_size=64)
+    assert 0.05 < share(forced) < 0.95
+    assert forced == exact_match_generated(adapted, tokenizer, rows, batch_size=64)
 
 
 @pytest.mark.parametrize("backbone", ["model", "nf4_model"])

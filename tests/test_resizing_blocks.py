@@ -205,7 +205,9 @@ def test_what_cannot_be_is_refused():
     model = adapted()
     with pytest.raises(ValueError, match=r"`keep` is 1, but must be at least 2, the adapter's `top_k`"):
         prune_experts(model, 1, text())
-    with pytest.raises(ValueError, match=r"Grouping experts is for LINEAR_MOE .* merging a group of them there is not built"):
+    with pytest.raises(
+        ValueError, match=r"Grouping experts is for LINEAR_MOE .* merging a group of them there is not built"
+    ):
         group_experts(model, text(), 2)
     config = OPTConfig(
         vocab_size=100, hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16

@@ -94,7 +94,10 @@ def _match_batch(model: torch.nn.Module, tokenizer: "PreTrainedTokenizerBase", r
     input_ids = _pad([s[:-1] for s in sequences], _padding_id(tokenizer), "right").to(_device(model))
     attention_mask = _pad([[1] * (len(s) - 1) for s in sequences], 0, "right").to(_device(model))
     targets = _pad([label[1:] for label in labels], _IGNORED, "right").to(_device(model))
-    predicted = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits.argmax(-1)
+    # They say where the prompt ends, for gates that look at it and must not see the answer.
+    known = _pad([label[:-1] for label in labels], _IGNORED, "right").to(_device(model))
+    given = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": known}
+    predicted = model(**given, use_cache=False).logits.argmax(-1)
     return ((predicted == targets) | (targets == _IGNORED)).all(dim=1).tolist()
 
 
