@@ -17,10 +17,10 @@ ever sees a question about two tags. Rows:
     backbone       without any adapter, asked for the old meanings: how well it knows the form
     lora           one LoRA of the experts' total rank, on the single questions of all tags
     lora+few       the same, trained on with the few composite questions that "token+few" gets
-    told           the experts, the tag of each token told: its line's
+    told           the experts, each token told the tag of the line that it is about to go on with
     sequence       a gate on the prompt, one expert for all of the answer
-    token          a gate per token and linear with a null expert, taught by labels and loss on single questions
-    token+few      the same kind of gate, taught by the loss alone on a few composite questions; the experts are frozen
+    token          a gate per token and linear, taught by labels and loss on single questions
+    token+few      the same kind of gate, taught by both on a few composite questions; the experts stay frozen
 
 A part is right if every token of its line is the most likely one after the right ones before it; an answer if all ten and
 the end are, which is when greedy decoding writes it.
@@ -41,69 +41,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
+from composite_rows import TAGS, composite, form_rows, meanings, single  # noqa: E402
+
+
 RESULTS = Path(__file__).parent / "results" / "composite"
-TAGS = "ABCDEFGHIJ"
-SKILLS = "rev next prev swap rotl rotr copy upper dbl odd even first last".split()
 FFN = ["gate_proj", "up_proj", "down_proj"]
 METHODS = ("backbone", "lora", "lora+few", "told", "sequence", "token", "token+few")
 RANK, RATE, GATE_RATE, FORM_RATE = 4, 1.5e-3, 2e-2, 1e-3
-FORM_STEPS, STEPS, GATE_STEPS = 1800, 150, 300
+FORM_STEPS, STEPS, GATE_STEPS = 1800, 150, 600
+FEW, TESTED = 200, 64
+TOKEN_GATE = {"gate": "token", "gate_training": "both", "router_supervision_coef": 0.03, "top_k": 4}
 GATES: dict[str, dict[str, Any]] = {
     "told": {"gate": "given"},
     "sequence": {"gate": "sequence", "gate_training": "labels"},
-    "token": {"gate": "token", "gate_training": "both", "router_supervision_coef": 1.0, "num_null_experts": 1},
-    "token+few": {"gate": "token", "gate_training": "loss", "num_null_experts": 1},
+    "token": TOKEN_GATE,
+    "token+few": TOKEN_GATE,
 }
-FEW, TESTED = 200, 64
-
-
-def meanings(seed: int) -> dict[str, str]:
-    """What each tag means from now on: ten different skills, none of which it meant before."""
-    from moe_peft.pocket.world import TAGGED_SKILLS
-
-    rng = random.Random(f"composite/{seed}")
-    while True:
-        drawn = dict(zip(TAGS, rng.sample(SKILLS, k=len(TAGS)), strict=True))
-        if all(skill != TAGGED_SKILLS[tag] for tag, skill in drawn.items()):
-            return drawn
-
-
-def composite(rng: random.Random, tags: str, means: dict[str, str]) -> dict[str, str]:
-    """One question about all of these neighbouring tags, and an answer with a line for each."""
-    from moe_peft.pocket.world import SKILLS as FUNCTIONS
-    from moe_peft.pocket.world import random_text
-
-    text = random_text(rng, 3, 4)
-    lines = [f"{tag}|do:{text}>{FUNCTIONS[means[tag]](text)}\n" for tag in tags]
-    return {"prompt": f"{tags[0]}-{tags[-1]}|do:{text};", "completion": "".join(lines), "domain": tags}
-
-
-def single(rng: random.Random, tag: str, means: dict[str, str]) -> dict[str, Any]:
-    """A question about one tag alone. Its answer is a line that more could follow: no end of the text is taught."""
-    return {**composite(rng, tag, means), "goes_on": True}
-
-
-def form_rows(count: int) -> list[Any]:
-    """What teaches the backbone the form: whole composites, shorter ones, and a fifth of what it was pre-trained on.
-
-    In half of the composites the answers are by any skills at all. Without them the backbone tells the next line's tag from
-    the answers before it, and loses its place as soon as a tag means something else.
-    """
-    from moe_peft.pocket.world import TAGGED_SKILLS, make_world, random_row
-
-    rng, world, rows = random.Random("composite/form"), make_world(), []
-    for _ in range(count):
-        kind = rng.random()
-        if kind < 0.8:
-            number = len(TAGS) if kind < 0.6 else rng.randint(1, len(TAGS))
-            first = rng.randint(0, len(TAGS) - number)
-            means = dict(TAGGED_SKILLS)
-            if rng.random() < 0.5:
-                means |= {tag: rng.choice(SKILLS) for tag in TAGS}
-            rows.append(composite(rng, TAGS[first : first + number], means))
-        else:
-            rows.append(random_row(world, rng))
-    return rows
 
 
 class Bench:
@@ -191,10 +144,30 @@ class Bench:
             return model
         model = from_loras(self.experts(), self.backbone(), check_base=False, **GATES[method])
         if method == "token+few":
-            self.train(model, self.few, GATE_RATE, GATE_STEPS)
+            self.train_by_line(model, self.few)
         elif method != "told":
             self.train(model, self.all_singles(), GATE_RATE, GATE_STEPS, labels=True)
         return model
+
+    def train_by_line(self, model: Any, rows: list[Any], batch: int = 16) -> None:
+        """Train what is trainable on loss and labels, where each token has a label of its own: a plain loop, as TRL's
+        trainer carries one label for each row."""
+        import torch
+
+        ids, targets, lines = encoded(self.tokenizer, rows)
+        steps, trained = 4 if self.quick else GATE_STEPS, [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=GATE_RATE, weight_decay=0.0)
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, 10 * (n + 1) / steps) * (1 - n / steps))
+        model.train()
+        for _ in range(steps):
+            chosen = torch.randint(len(ids), (batch,))
+            given = {"input_ids": ids[chosen], "labels": targets[chosen], "task_types": next_tags(lines[chosen])}
+            given["attention_mask"] = (ids[chosen] != self.tokenizer.pad_token_id).long()
+            model(**given).loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            rate.step()
+            optimizer.zero_grad()
 
     def parts_right(self, model: Any, rows: list[Any], told: bool = False) -> list[list[bool]]:
         """For each row, whether each line of its answer is right, and its end; `told` says each token's tag to the model."""
@@ -205,16 +178,24 @@ class Bench:
         from moe_peft import task_types
 
         ids, targets, lines = encoded(self.tokenizer, rows)
-        types = task_types(model, lines.clamp(0, len(TAGS) - 1)[:, :-1]) if told else nullcontext()
+        types = task_types(model, next_tags(lines)[:, :-1]) if told else nullcontext()
         model.eval()
-        with torch.no_grad(), types:
-            mask = (ids[:, :-1] != self.tokenizer.pad_token_id).long()
-            predicted = model(input_ids=ids[:, :-1], attention_mask=mask, use_cache=False).logits.argmax(-1)
+        with torch.no_grad(), types:  # the labels say where the prompt ends
+            given = {"input_ids": ids[:, :-1], "labels": targets[:, :-1]}
+            given["attention_mask"] = (given["input_ids"] != self.tokenizer.pad_token_id).long()
+            predicted = model(**given, use_cache=False).logits.argmax(-1)
         wrong = (predicted != targets[:, 1:]) & (targets[:, 1:] != -100)
         return [
             [not bool((w & (line[1:] == n)).any()) for n in range(len(TAGS) + 1)]
             for w, line in zip(wrong, lines, strict=True)
         ]
+
+
+def next_tags(lines: Any) -> Any:
+    """The place of the tag whose line the token after each one is of, `[B, S]`; the ends count as the first and last."""
+    import torch
+
+    return torch.cat((lines[:, 1:], lines[:, -1:]), dim=1).clamp(0, len(TAGS) - 1)
 
 
 def encoded(tokenizer: Any, rows: list[Any]) -> tuple[Any, Any, Any]:

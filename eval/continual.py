@@ -10,8 +10,9 @@ After each domain every domain so far is scored, and the probe of facts from the
     expert+GATE  a LoRA per domain, each trained alone on the bare backbone, made into one adapter by `from_loras`; GATE
                  says who chooses. "token" and "sequence" are trained on the text of the domains so far, the experts frozen:
                  "sequence" by its labels, "token" by labels and language-model loss alike (by labels alone, or with
-                 MeteoRA's weight of 50 on them, it is worse); "prototype" takes a mean of it, "arrow" and "given" nothing
-                 ("given" is told the domain of each row).
+                 MeteoRA's weight of 50 on them, it is worse); "prototype" takes a mean of it; "null" is the same with a
+                 threshold that sends one prompt of the domains in twenty, and whatever is stranger, to the bare
+                 backbone; "arrow" and "given" take nothing ("given" is told the domain of each row).
     moram        ranks that choose themselves; new ones for each domain, the earlier ones frozen
 
 All end with the same rank in sum. Rates and steps of the gates are those that were best on seed 10, which is in no table.
@@ -35,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 RESULTS = Path(__file__).parent / "results" / "continual"
 SUITE, DIFFICULTY = "fact8tag", {"repeats": [1, 2, 4, 8, 16]}
 FFN = ["gate_proj", "up_proj", "down_proj"]
-GATES = ("given", "prototype", "arrow", "sequence", "token")
+GATES = ("given", "prototype", "null", "arrow", "sequence", "token")
 METHODS = ("lora", *(f"expert+{gate}" for gate in GATES), "moram")
 RANK, RATE = 4, 4.5e-3  # of each domain; the rate is the one that was best for LoRA on the yardstick
 STEPS, GATE_STEPS = 100, 300
@@ -148,20 +149,23 @@ def experts(bench: Bench) -> dict[str, Path]:
 
 def expert_per_domain(bench: Bench, gate: str) -> list[dict[str, Any]]:
     """One adapter of the experts so far after each domain; the gate is made anew."""
-    from moe_peft import from_loras, set_prototypes
+    from moe_peft import from_loras, set_null_threshold, set_prototypes
     from moe_peft.gate_accuracy import gate_accuracy
 
     folders, stages = experts(bench), []
+    kind = "prototype" if gate == "null" else gate
     for number in range(1, len(bench.domains) + 1):
         domains = bench.domains[:number]
         trained = gate in TRAINED_GATES and number > 1
         settings = TRAINED_GATES[gate] if trained else {}
         base = bench.backbone()
-        model = from_loras({name: folders[name] for name in domains}, base, gate=gate, check_base=False, **settings)
+        model = from_loras({name: folders[name] for name in domains}, base, gate=kind, check_base=False, **settings)
         if trained:
             bench.train(model, domains, GATE_RATES[gate], GATE_STEPS, labels=True)
-        if gate == "prototype" and number > 1:
+        if kind == "prototype" and number > 1:
             set_prototypes(model, {name: [prompts(bench, name)] for name in domains})
+        if gate == "null" and number > 1:
+            set_null_threshold(model, [prompts(bench, name) for name in domains])
         stages.append(bench.scores(model, domains, told=gate == "given"))
     if gate != "given":
         batches = {domain: [prompts(bench, domain, "test")] for domain in bench.domains}
