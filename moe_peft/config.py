@@ -91,7 +91,8 @@ class MoeConfig(PluginConfig):
             At least 0 and below 1.
         router_granularity (`str`, *optional*, defaults to `"token"`):
             "sequence": the mean of the prompt's logits decides for the whole sequence, and what is generated keeps the
-            decision. Training needs to know the prompt: labels of -100 on it, or `prompt_mask` in the batch.
+            decision. Training needs to know the prompt: labels of -100 on it, or `prompt_mask` in the batch. Scoring
+            given answers does too: without either, the whole row is taken for the prompt.
         expert_groups (`list[list[int]]`, *optional*):
             Entry t lists the experts that samples (or tokens) of task type t may visit. Needs `task_types` in the batch.
         schedule_steps (`int`, *optional*, defaults to 0):
