@@ -134,9 +134,9 @@ def expert_scores(
 
 def _check_own_modules(layers: dict[str, Any]) -> None:
     """Refuse to score blocks that are no module of their own, as in OPT: nothing could be called for one expert."""
-    for name in layers:
-        if name.rpartition(".")[2].isdigit():
-            allowed = f"'usage' where the linears of a block stand in the decoder layer itself, as in {name}"
+    for name, layer in layers.items():
+        if name.rpartition(".")[2] == layer.name:
+            allowed = f"'usage' where the linears of a block stand in the decoder layer itself, as {name}"
             raise refuse("by", "easy_ep", allowed, "Score with `expert_scores(model, text, by='usage')`.")
 
 

@@ -115,9 +115,7 @@ def resizable_layers(model: PeftModel, adapter_name: str, doing: str, blocks: bo
         if isinstance(config, RankMoeConfig) and config.routing == SELF:
             instead = "`moe_peft.grow` gives it further ranks for a new task."
         if isinstance(config, FfnMoeConfig):
-            why = (
-                "The experts of an FFN mixture differ inside the non-linearity, so no mean of them stands for a group."
-            )
+            why = "Experts of an FFN mixture differ inside the non-linearity; merging a group of them there is not built."
             instead = "`moe_peft.prune_experts` cuts experts out of it."
         kinds = "LINEAR_MOE and FFN_MOE" if blocks else "LINEAR_MOE"
         raise ValueError(
@@ -129,10 +127,16 @@ def resizable_layers(model: PeftModel, adapter_name: str, doing: str, blocks: bo
     if getattr(config, "router_scope", "linear") != "linear":
         raise refuse("router_scope", config.router_scope, "'linear' where experts come or go", "Train with that.")
     return {name: layer for name, layer in layers.items() if isinstance(layer, LinearMoeLinear)} | {
-        name.rpartition(".")[0]: layer
+        _block_name(name): layer
         for name, layer in layers.items()
         if isinstance(layer, FfnMoeLinear) and layer.block is not None and layer.name == layer.block.names.ins[0]
     }
+
+
+def _block_name(linear: str) -> str:
+    """The block's name; that of its first linear where the linears stand in the decoder layer itself, as in OPT."""
+    block = linear.rpartition(".")[0]
+    return linear if block.rpartition(".")[2].isdigit() else block
 
 
 def together(layer: Resizable) -> list[Any]:

@@ -215,4 +215,8 @@ def test_what_cannot_be_is_refused():
     opt = adapted(OPTForCausalLM(config))
     with pytest.raises(ValueError, match=r"`by` is 'easy_ep', but must be 'usage' where the linears .*by='usage'"):
         expert_scores(opt, text())
-    assert list(expert_scores(opt, text(), by="usage")) == ["model.decoder.layers.0"]
+    scores = expert_scores(opt, text(), by="usage")
+    assert list(scores) == ["model.decoder.layers.0.fc1"]
+    assert [line.kept for line in prune_experts(opt, {0: 2}, scores=scores)] == [
+        sorted(next(iter(scores.values())).topk(2).indices.tolist())
+    ]
