@@ -21,6 +21,7 @@ ever sees a question about two tags. Rows:
     sequence       a gate on the prompt, one expert for all of the answer
     token          a gate per token and linear, taught by labels and loss on single questions
     token+few      the same kind of gate, taught by both on a few composite questions; the experts stay frozen
+    all+few        the same, and the experts learn too, as in MeteoRA's released code
 
 A part is right if every token of its line is the most likely one after the right ones before it; an answer if all ten and
 the end are, which is when greedy decoding writes it.
@@ -46,7 +47,7 @@ from composite_rows import TAGS, composite, form_rows, meanings, single  # noqa:
 
 RESULTS = Path(__file__).parent / "results" / "composite"
 FFN = ["gate_proj", "up_proj", "down_proj"]
-METHODS = ("backbone", "lora", "lora+few", "told", "sequence", "token", "token+few")
+METHODS = ("backbone", "lora", "lora+few", "told", "sequence", "token", "token+few", "all+few")
 RANK, RATE, GATE_RATE, FORM_RATE = 4, 1.5e-3, 2e-2, 1e-3
 FORM_STEPS, STEPS, GATE_STEPS = 1800, 150, 600
 FEW, TESTED = 200, 64
@@ -56,6 +57,7 @@ GATES: dict[str, dict[str, Any]] = {
     "sequence": {"gate": "sequence", "gate_training": "labels"},
     "token": TOKEN_GATE,
     "token+few": TOKEN_GATE,
+    "all+few": {**TOKEN_GATE, "train_domains": list(TAGS)},
 }
 
 
@@ -143,7 +145,7 @@ class Bench:
                 self.train(model, self.few, RATE / 3, GATE_STEPS)
             return model
         model = from_loras(self.experts(), self.backbone(), check_base=False, **GATES[method])
-        if method == "token+few":
+        if method.endswith("+few"):
             self.train_by_line(model, self.few)
         elif method != "told":
             self.train(model, self.all_singles(), GATE_RATE, GATE_STEPS, labels=True)
@@ -155,8 +157,12 @@ class Bench:
         import torch
 
         ids, targets, lines = encoded(self.tokenizer, rows)
-        steps, trained = 4 if self.quick else GATE_STEPS, [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=GATE_RATE, weight_decay=0.0)
+        steps, named = 4 if self.quick else GATE_STEPS, dict(model.named_parameters())
+        trained = [p for p in named.values() if p.requires_grad]
+        of_gates = [p for name, p in named.items() if p.requires_grad and "router" in name]
+        others = [p for name, p in named.items() if p.requires_grad and "router" not in name]
+        groups = [{"params": of_gates}, *([{"params": others, "lr": RATE}] if others else [])]
+        optimizer = torch.optim.AdamW(groups, lr=GATE_RATE, weight_decay=0.0)
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, 10 * (n + 1) / steps) * (1 - n / steps))
         model.train()
         for _ in range(steps):
@@ -251,7 +257,7 @@ def run(method: str, bench: Bench) -> dict[str, Any]:
         "answers": statistics.mean(all(row) for row in right),
         "by_tag": {tag: statistics.mean(row[n] for row in right) for n, tag in enumerate(TAGS)},
     }
-    if method.startswith("token"):
+    if method.startswith(("token", "all")):
         found["trace"] = traced(bench, model)
     return found
 

@@ -44,7 +44,7 @@ def trace_lines(trace: dict[str, Any]) -> list[str]:
 def write_report(runs: list[dict[str, Any]], output: Path, tags: str, methods: tuple[str, ...]) -> str:
     """Write `summary.md`; returns it."""
     traces = [run for run in runs if "trace" in run]
-    best = max(traces, key=lambda run: (run["method"] == "token+few", -run["seed"]), default=None)
+    best = max(traces, key=lambda run: (run["method"] == "all+few", -run["seed"]), default=None)
     parts = [
         "# Ten sub-tasks in one answer",
         "",

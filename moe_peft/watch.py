@@ -5,7 +5,7 @@ The sums live on the routers' devices; `read_windows` brings those of all layers
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -80,7 +80,7 @@ def unseen_domains(routers: dict[str, Router]) -> tuple[list[str], list[str]]:
 
     Both are empty where no gate is taught by labels, or in a compiled model, which does not keep count.
     """
-    taught = next((r for r in routers.values() if getattr(r, "supervised", False)), None)
+    taught: Any = next((r for r in routers.values() if getattr(r, "supervised", False)), None)
     if taught is None:
         return [], []
     seen = taught.state.types_seen
@@ -91,8 +91,9 @@ def unseen_domains(routers: dict[str, Router]) -> tuple[list[str], list[str]]:
     marks = [False] if seen is None else seen.tolist()
     if not any(marks):
         return [], []
-    names = list(zip(taught.domains, marks, strict=True))
-    return [name for name, met in names if met], [name for name, met in names if not met]
+    domains: list[str] = taught.domains
+    met = [name for name, mark in zip(domains, marks, strict=True) if mark]
+    return met, [name for name in domains if name not in met]
 
 
 @torch.no_grad()
