@@ -1,4 +1,4 @@
-"""EASY-EP's score for the experts of FFN mixtures: what each expert makes of a whole block.
+"""What each expert of an FFN mixture makes of a whole block, and EASY-EP's score of that.
 
 The block is run once more for each expert, with a routing that sends every token there, so that its own code says what an
 expert computes, whatever stands between its linears. With F the frozen block (shared experts included) and O_e the block
@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from moe_peft.errors import refuse
 from moe_peft.routing import Routing, dense_weights, routing_dtype
 from moe_peft.tuners.ffn_moe import FfnMoeLinear, Pending
 
@@ -76,21 +77,41 @@ def block_easy_ep(
         real: `[T]`, which tokens count.
     """
     number = layer.num_experts[adapter_name]
+    g = dense_weights(routing)[:, :number]
+    g = (g if real is None else g[real]).to(routing_dtype(x.dtype))
+    before, changes = block_changes(parent, layer, adapter_name, x, routing, real)
+    after, norms = before.clone(), torch.empty_like(g)
+    for expert, change in enumerate(changes):
+        norms[:, expert] = change.norm(dim=-1)
+        after += g[:, expert : expert + 1] * change
+    return easy_ep_of_outputs(g, norms, before, after)
+
+
+def block_changes(
+    parent: nn.Module, layer: FfnMoeLinear, adapter_name: str, x: Tensor, routing: Routing, real: Tensor | None
+) -> tuple[Tensor, Iterator[Tensor]]:
+    """`F(x) [T, d]` of the tokens that count, and the `E_e(x) [T, d]`, one after another; arguments as above."""
 
     def through(expert: int) -> Tensor:
         y = parent.forward(_sent_to(layer, adapter_name, x, routing, expert))
         y = y.reshape(-1, y.shape[-1])
         return (y if real is None else y[real]).to(routing_dtype(y.dtype))
 
-    g = dense_weights(routing)[:, :number]
-    g = (g if real is None else g[real]).to(routing_dtype(x.dtype))
+    number = layer.num_experts[adapter_name]
     before = through(number)  # an index that no expert has is the frozen block
-    after, norms = before.clone(), torch.empty_like(g)
-    for expert in range(number):
-        change = through(expert) - before
-        norms[:, expert] = change.norm(dim=-1)
-        after += g[:, expert : expert + 1] * change
-    return easy_ep_of_outputs(g, norms, before, after)
+    return before, (through(expert) - before for expert in range(number))
+
+
+def check_own_modules(layers: dict[str, Any], field: str, value: str, remedy: str) -> None:
+    """Refuse what asks whole blocks where they are no module of their own, as in OPT: nothing could be called for one expert.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for name, layer in layers.items():
+        if name.rpartition(".")[2] == layer.name:
+            allowed = f"another where the linears of a block stand in the decoder layer itself, as {name}"
+            raise refuse(field, value, allowed, remedy)
 
 
 def _sent_to(layer: FfnMoeLinear, adapter_name: str, x: Tensor, routing: Routing, expert: int) -> Tensor:

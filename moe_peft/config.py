@@ -23,6 +23,7 @@ from moe_peft.balance_checks import (
 from moe_peft.config_checks import check_booleans, check_init, check_layers, check_numbers
 from moe_peft.plugin_config import PluginConfig
 from moe_peft.router_checks import (
+    check_distinct,
     check_groups,
     check_linear,
     check_router,
@@ -275,9 +276,16 @@ class FfnMoeConfig(MoeConfig):
             Names or regex of the linear layers to adapt, or "all-linear". Those that belong to an FFN block are mixed;
             every other one, such as those of the attention, carries one plain LoRA with the layer's `r` and
             `lora_alpha`. Defaults to the FFN blocks alone.
+        num_distinct_experts (`int` or `list[int]`, *optional*):
+            As in [`LinearMoeConfig`]: `group_experts` writes it.
     """
+
+    num_distinct_experts: int | list[int] | None = field(
+        default=None, metadata={"help": "Experts with weights of their own, where some were merged."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_block(self)
+        check_distinct(self)
         self.peft_type = PeftType["FFN_MOE"]

@@ -10,18 +10,18 @@ rule rescales the weights of the remaining experts, and how the model fares is t
 """
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from moe_peft.block_scores import block_easy_ep, easy_ep_of_outputs, observing_blocks
+from moe_peft.block_scores import block_easy_ep, check_own_modules, easy_ep_of_outputs, observing_blocks
 from moe_peft.config import FfnMoeConfig
 from moe_peft.config_checks import check_flags
 from moe_peft.errors import nearest, refuse
 from moe_peft.merge import Batch, observing, on_device
-from moe_peft.resizing import chosen_layers, rebuild, resizable_layers, with_counts
+from moe_peft.resizing import chosen_layers, reached_no_expert, rebuild, resizable_layers, with_counts
 from moe_peft.routing import Routing, dense_weights, routing_dtype
 from moe_peft.tuners.base import layer_place
 from moe_peft.tuners.ffn_moe import FfnMoeLinear
@@ -118,26 +118,15 @@ def expert_scores(
 
     of_blocks = isinstance(model.peft_config[adapter_name], FfnMoeConfig)
     if of_blocks and by == "easy_ep":
-        _check_own_modules(layers)
+        check_own_modules(layers, "by", by, "Score with `expert_scores(model, text, by='usage')`.")
     watch, called = (observing_blocks, see_block) if of_blocks else (observing, see)
     with watch(model, layers, adapter_name, called):
         for batch in calibration:
             model(**on_device(batch, model))
             seen += 1
     if not seen or any(adapter_name not in layer.active_adapters for layer in layers.values()):
-        raise ValueError(
-            "The calibration text reached no expert. Give at least a few batches, and call "
-            f"`model.set_adapter('{adapter_name}')` if another adapter is active."
-        )
+        raise reached_no_expert(adapter_name)
     return {name: total.cpu() for name, total in totals.items()}
-
-
-def _check_own_modules(layers: dict[str, Any]) -> None:
-    """Refuse to score blocks that are no module of their own, as in OPT: nothing could be called for one expert."""
-    for name, layer in layers.items():
-        if name.rpartition(".")[2] == layer.name:
-            allowed = f"'usage' where the linears of a block stand in the decoder layer itself, as {name}"
-            raise refuse("by", "easy_ep", allowed, "Score with `expert_scores(model, text, by='usage')`.")
 
 
 def prune_experts(

@@ -92,12 +92,9 @@ Resizable = LinearMoeLinear | FfnMoeLinear
 """A layer whose number of experts can change; of an FFN block the linear that has its router."""
 
 
-def resizable_layers(model: PeftModel, adapter_name: str, doing: str, blocks: bool = True) -> dict[str, Any]:
+def resizable_layers(model: PeftModel, adapter_name: str, doing: str) -> dict[str, Any]:
     """The `Resizable` layers of an adapter that may change now: names as in `merge.routed_layers`, those of the blocks
     for FFN mixtures.
-
-    Args:
-        blocks: whether it can be done to FFN mixtures too.
 
     Raises:
         ValueError: another adapter type, a merged adapter, a setting that names experts by number.
@@ -107,19 +104,16 @@ def resizable_layers(model: PeftModel, adapter_name: str, doing: str, blocks: bo
     check_idle(layers, adapter_name, doing)
     config = model.peft_config[adapter_name]
     check_unnamed(config, adapter_name, doing)
-    if not isinstance(config, (LinearMoeConfig, FfnMoeConfig) if blocks else LinearMoeConfig):
+    if not isinstance(config, (LinearMoeConfig, FfnMoeConfig)):
         why = "Its experts are not stacked pairs of factors with a router of their own."
         instead = "Train a new adapter with another `num_experts`."
         if isinstance(config, (RankMoeConfig, ShardPoolConfig)):
             instead = "Train a new adapter with another `r`."
         if isinstance(config, RankMoeConfig) and config.routing == SELF:
             instead = "`moe_peft.grow` gives it further ranks for a new task."
-        if isinstance(config, FfnMoeConfig):
-            why = "Experts of an FFN mixture differ inside the non-linearity; merging a group of them there is not built."
-            instead = "`moe_peft.prune_experts` cuts experts out of it."
-        kinds = "LINEAR_MOE and FFN_MOE" if blocks else "LINEAR_MOE"
         raise ValueError(
-            f"{doing} is for {kinds} adapters, and '{adapter_name}' is {config.peft_type.value}. {why} {instead}"
+            f"{doing} is for LINEAR_MOE and FFN_MOE adapters, and '{adapter_name}' is {config.peft_type.value}. {why} "
+            + instead
         )
     for field, why in _FIXED_BY_NUMBER.items():
         if getattr(config, field, None) is not None:
@@ -131,6 +125,14 @@ def resizable_layers(model: PeftModel, adapter_name: str, doing: str, blocks: bo
         for name, layer in layers.items()
         if isinstance(layer, FfnMoeLinear) and layer.block is not None and layer.name == layer.block.names.ins[0]
     }
+
+
+def reached_no_expert(adapter_name: str) -> ValueError:
+    """What to say where a text should have been read and was not."""
+    return ValueError(
+        "The calibration text reached no expert. Give at least a few batches, and call "
+        f"`model.set_adapter('{adapter_name}')` if another adapter is active."
+    )
 
 
 def _block_name(linear: str) -> str:

@@ -269,13 +269,13 @@ def check_linear(config: Any) -> None:
         allowed = "0 with `router_scope` = 'model', where each layer asks the router anew"
         remedy = "Other noise in each layer would make one decision into many: remove it."
         raise refuse("router_jitter_noise", config.router_jitter_noise, allowed, remedy)
-    _check_distinct(config)
+    check_distinct(config)
     if config.share_A and config.num_shared_experts:
         allowed = "0 with `share_A` = True, where every token uses the one A already"
         raise refuse("num_shared_experts", config.num_shared_experts, allowed, "Remove one of the two.")
 
 
-def _check_distinct(config: Any) -> None:
+def check_distinct(config: Any) -> None:
     """`num_distinct_experts`, which `group_experts` writes."""
     distinct = config.num_distinct_experts
     if distinct is None:
@@ -286,7 +286,7 @@ def _check_distinct(config: Any) -> None:
         allowed = f"a whole number from 1 to {most}, the most that `num_experts` names, or a list of them"
         raise refuse("num_distinct_experts", distinct, allowed, "Leave it out: `group_experts` writes it.")
     for field, wanted in (("router_scope", "linear"), ("expert_groups", None)):
-        if getattr(config, field) != wanted:
+        if getattr(config, field, wanted) != wanted:
             allowed = f"left out with `{field}` = {getattr(config, field)!r}"
             raise refuse("num_distinct_experts", distinct, allowed, "Grouped experts need a router for each layer.")
     if config.routing in ("random", "given"):

@@ -95,6 +95,41 @@ def dense_weights(routing: Routing) -> Tensor:
     return _spread(routing, routing.top_k_weights)
 
 
+def grouped(routing: Routing, expert_map: Tensor, num_experts: int) -> Routing:
+    """The same choices where several stand for one expert (`moe_peft.regrouping`): its weight is the sum of theirs.
+
+    The logits stay those of the choices. An expert that a token chose more than once keeps the first of its slots; the
+    others become empty ones, so that no expert comes twice.
+
+    Args:
+        routing: over N choices, of which the first `len(expert_map)` are experts and the others null ones.
+        expert_map: int64, choice -> expert.
+        num_experts: how many experts the map leads to, at most as many as it has entries.
+
+    Returns:
+        over these experts; an index of `len(expert_map)` or above is no expert, as before.
+    """
+    weights, index = routing.top_k_weights, routing.top_k_index
+    last, choices = len(expert_map) - 1, routing.router_logits.shape[-1]
+    if index is None and choices == len(expert_map):
+        return routing._replace(top_k_weights=summed(weights, expert_map, num_experts))
+    if index is None:
+        index = torch.arange(choices, device=weights.device).expand(len(weights), -1)
+    merged = torch.where(index > last, index, expert_map[index.clamp(max=last)])
+    equal = merged.unsqueeze(2) == merged.unsqueeze(1)  # [T, K, K]
+    again = equal.tril(-1).any(-1)
+    of_experts = (equal * weights.unsqueeze(1)).sum(-1).masked_fill(again, 0.0)
+    return routing._replace(top_k_weights=of_experts, top_k_index=merged.masked_fill(again, choices))
+
+
+def summed(weights: Tensor, expert_map: Tensor | None, num_experts: int) -> Tensor:
+    """Of each choice's weight `[T, N]` each expert's, `[T, E]`: the sum where several choices stand for one, in whatever
+    order; without a map each choice is an expert of its own."""
+    if expert_map is None:
+        return weights
+    return weights.new_zeros(len(weights), num_experts).index_add(1, expert_map, weights)
+
+
 def assignments(routing: Routing) -> Tensor:
     """How often each token chose each expert, `[T, E]` of 0 and 1 in the logits' dtype, without gradient."""
     if routing.top_k_index is None:

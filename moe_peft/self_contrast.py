@@ -184,7 +184,7 @@ def _shared_alone(routing: Routing, experts: Any) -> Routing:
     """No routed expert. In an FFN mixture that is a null expert, the frozen block: a weight of 0 would take that away."""
     total = routing.top_k_weights.sum(-1, keepdim=True)
     if isinstance(experts, FfnExperts):
-        index = torch.full_like(total, experts.num_routed, dtype=torch.long)
+        index = torch.full_like(total, experts.num_experts, dtype=torch.long)
         return routing._replace(top_k_weights=total, top_k_index=index)
     return routing._replace(top_k_weights=torch.zeros_like(routing.top_k_weights))
 

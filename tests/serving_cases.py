@@ -35,12 +35,16 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
         {"routing": "all", "scoring_func": "cosine", "router_scale": 4.0, "router_bias": True, "router_act": "tanh"},
     ),
     "sparsegen": ("llama", LinearMoeConfig, {"routing": "sparsegen", "sparsegen_lambda": 0.2}),
+    "grouped": ("llama", LinearMoeConfig, {"num_distinct_experts": 3, "num_shared_experts": 1, "num_null_experts": 1}),
+    "grouped-constant": ("llama", LinearMoeConfig, {"num_distinct_experts": 2, "num_constant_experts": 1, "routing": "all"}),
     "smora": ("qwen3", RankMoeConfig, {"r": 16, "rank_partition": 2, "bias_in_gates": True}),
     "moram": ("llama", RankMoeConfig, {"r": 8, "routing": "self_activated", "threshold": 0.1, "frozen_r": [4]}),
     "mixlora": ("llama", FfnMoeConfig, {"target_modules": "all-linear"}),
     "mixlora-top_1": ("qwen3", FfnMoeConfig, {"routing": "top_1", "num_shared_experts": 1}),
     "mixlora-null": ("phi", FfnMoeConfig, {"num_null_experts": 2, "routing": "top_k", "norm_topk_prob": False, "top_k": 3}),
     "mixlora-fused": ("phi3", FfnMoeConfig, {"routing": "top_p", "layers_to_transform": [0], "target_modules": ["gate_up_proj", "down_proj"]}),
+    "mixlora-grouped": ("llama", FfnMoeConfig, {"num_distinct_experts": 2, "num_shared_experts": 1, "num_null_experts": 1, "top_k": 4}),
+    "mixlora-grouped-all": ("qwen3", FfnMoeConfig, {"num_distinct_experts": [3, 2], "routing": "softmax"}),
 }  # fmt: skip
 """Name -> family, config class, what is asked for."""
 
@@ -61,6 +65,8 @@ def make_case(name: str, dtype: torch.dtype = torch.float64):
         part = key.rpartition(".")[2]
         if part in ("router", "constant", "router_bias", "frozen_A", "frozen_B"):
             tensor.normal_(std=0.5)
+        if part == "expert_map":
+            tensor.copy_(tensor.flip(0).roll(1))
         if part == "selection_bias":
             tensor.normal_(std=0.1)
     return base, model

@@ -196,12 +196,17 @@ def test_every_field_survives_json(tmp_path, field):
 
 
 def test_blocks_have_the_shared_fields_and_no_others():
-    assert OTHER_VALUES.keys() == {field.name for field in dataclasses.fields(FfnMoeConfig)}
+    fields = {field.name for field in dataclasses.fields(FfnMoeConfig)}
+    assert fields == {*OTHER_VALUES, "num_distinct_experts"}
 
 
-@pytest.mark.parametrize("field", [f for f in OTHER_VALUES if f != "routed_scaling_factor"])  # which is 1 there
+OF_BLOCKS = {**OTHER_VALUES, "num_distinct_experts": [2, 3], "peft_type": "FFN_MOE", "routing": "top_1_hard"}
+del OF_BLOCKS["routed_scaling_factor"]  # which is 1 there
+
+
+@pytest.mark.parametrize("field", OF_BLOCKS)
 def test_every_field_of_blocks_survives_json(tmp_path, field, known_to_peft):
-    value = {**OTHER_VALUES, "peft_type": "FFN_MOE", "routing": "top_1_hard"}[field]
+    value = OF_BLOCKS[field]
     needs = {**NEEDS, "routing": {"balance": "switch"}}
     config = FfnMoeConfig(**{field: value, **needs.get(field, {})})
     config.save_pretrained(tmp_path)
@@ -468,7 +473,7 @@ def test_a_wrong_value_for_blocks_is_refused(given, sentence):
         FfnMoeConfig(**given)
 
 
-@pytest.mark.parametrize("field", OTHER_VALUES_OF_LINEAR)
+@pytest.mark.parametrize("field", [f for f in OTHER_VALUES_OF_LINEAR if f not in OF_BLOCKS])
 def test_what_belongs_to_linear_layers_is_no_field_of_blocks(field):
     with pytest.raises(ValueError, match=f"`{field}` is not a field of FfnMoeConfig"):
         FfnMoeConfig(**{field: OTHER_VALUES_OF_LINEAR[field]})

@@ -54,6 +54,7 @@ def test_peft_agrees(case, tmp_path):
         {"num_experts": 4, "r": 4},
         {"num_experts": "2:4", "r": "4:8", "target_modules": "all-linear", "num_shared_experts": 1},
         {"num_experts": [2, 3, 4, 5], "routing": "sigmoid_top_k", "target_modules": "all-linear"},
+        {"num_experts": 6, "num_distinct_experts": [2, 3, 4, 6], "num_shared_experts": 1},
         {"num_experts": 3, "routing": "top_1", "layers_to_transform": [1, 2], "lora_dropout": 0.1},
     ],
     ids=str,
@@ -65,6 +66,9 @@ def test_an_adapter_as_peft_saves_it(config, tmp_path):
     for name, parameter in model.named_parameters():
         if name.endswith("router"):
             torch.nn.init.normal_(parameter, std=0.3)
+    for name, buffer in model.named_buffers():
+        if name.endswith("expert_map"):
+            buffer.copy_(buffer.flip(0).roll(1))
     save_adapter(model, tmp_path / "adapter")
     plan = export_moe(str(base), str(tmp_path / "adapter"), tmp_path / "out")
     assert record(tmp_path / "out")["fp32_largest_relative_error"] < 3e-5

@@ -24,6 +24,16 @@ KINDS = {
     ),
     "ranks": lambda **more: RankMoeConfig(r=8, top_k=4, lora_alpha=64, target_modules="all-linear", **more),
     "ffn": lambda **more: FfnMoeConfig(num_experts=4, r=2, lora_alpha=64, target_modules="all-linear", **more),
+    "ffn grouped": lambda **more: FfnMoeConfig(
+        **{
+            "num_experts": 6,
+            "num_distinct_experts": 2,
+            "r": 2,
+            "lora_alpha": 64,
+            "target_modules": "all-linear",
+            **more,
+        }
+    ),
 }
 
 
@@ -51,7 +61,9 @@ def test_a_walk_with_given_factors_measures_what_whole_passes_do(kind):
     held_out = text(2, padding=5, seed=1)
     factors = walk(decoder, held_out, None, text(), Fit("usage", 0.0, None)).factors
     found = walk(decoder, held_out, factors)
-    if kind == "ffn":  # whole passes look at each linear, which an FFN mixture's experts cannot be asked about
+    if kind.startswith(
+        "ffn"
+    ):  # whole passes look at each linear, which an FFN mixture's experts cannot be asked about
         wanted = whole_passes(model, factors, held_out)
     else:
         a = measure_agreement(model, factors, held_out)

@@ -7,9 +7,9 @@ import torch
 from conftest import make_tiny_llama
 from peft import PeftModel, get_peft_model
 
-from moe_peft import FfnMoeConfig, LinearMoeConfig, add_experts, expert_scores, group_experts, prune_experts
+from moe_peft import LinearMoeConfig, RankMoeConfig, add_experts, expert_scores, group_experts, prune_experts
+from moe_peft.expert_groups import cut, output_products
 from moe_peft.merge import routed_layers
-from moe_peft.regrouping import cut, output_products
 from moe_peft.routing import dense_weights
 
 
@@ -275,9 +275,9 @@ def test_a_grouped_adapter_is_not_changed_again(change):
 
 
 def test_other_types_and_settings_are_refused():
-    ffn = get_peft_model(make_tiny_llama(layers=2), FfnMoeConfig(num_experts=4))
-    with pytest.raises(ValueError, match="Grouping experts is for LINEAR_MOE adapters"):
-        group_experts(ffn, text(), 2)
+    ranks = get_peft_model(make_tiny_llama(layers=2), RankMoeConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="Grouping experts is for LINEAR_MOE and FFN_MOE adapters"):
+        group_experts(ranks, text(), 2)
     with pytest.raises(ValueError, match="`routing` is 'random', but must be one with a router"):
         group_experts(adapted(torch.float32, routing="random", router_init_std=None), text(), 2)
     for settings, message in (

@@ -11,7 +11,6 @@ from transformers import OPTConfig, OPTForCausalLM
 from moe_peft import FfnMoeConfig, add_experts, expert_scores, freeze_experts, prune_experts
 from moe_peft.merge import routed_layers
 from moe_peft.pruning import easy_ep_naive
-from moe_peft.regrouping import group_experts
 
 
 BLOCKS = ["model.layers.0.mlp", "model.layers.1.mlp"]
@@ -205,15 +204,11 @@ def test_what_cannot_be_is_refused():
     model = adapted()
     with pytest.raises(ValueError, match=r"`keep` is 1, but must be at least 2, the adapter's `top_k`"):
         prune_experts(model, 1, text())
-    with pytest.raises(
-        ValueError, match=r"Grouping experts is for LINEAR_MOE .* merging a group of them there is not built"
-    ):
-        group_experts(model, text(), 2)
     config = OPTConfig(
         vocab_size=100, hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16
     )
     opt = adapted(OPTForCausalLM(config))
-    with pytest.raises(ValueError, match=r"`by` is 'easy_ep', but must be 'usage' where the linears .*by='usage'"):
+    with pytest.raises(ValueError, match=r"`by` is 'easy_ep', but must be another where the linears .*by='usage'"):
         expert_scores(opt, text())
     scores = expert_scores(opt, text(), by="usage")
     assert list(scores) == ["model.decoder.layers.0.fc1"]

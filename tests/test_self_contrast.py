@@ -97,6 +97,8 @@ def generated(model, contrast, **more):
         ("base", FfnMoeConfig, {}),
         ("expert", FfnMoeConfig, {}),
         ("shared", FfnMoeConfig, {"num_shared_experts": 1}),
+        ("shared", FfnMoeConfig, {"num_shared_experts": 1, "num_distinct_experts": 2}),
+        ("expert", FfnMoeConfig, {"num_distinct_experts": 2}),
     ],
 )
 def test_it_generates_what_the_definition_does(against, kind, settings, use_cache):

@@ -98,7 +98,9 @@ def _twin(name: str, tmp_path: Path, dtype: torch.dtype = torch.float64):
     return base, model
 
 
-@pytest.mark.parametrize("name", ["top_p-shared", "null-constant", "smora", "moram", "mixlora", "mixlora-null"])
+@pytest.mark.parametrize(
+    "name", ["top_p-shared", "null-constant", "smora", "moram", "mixlora-null", "mixlora-grouped"]
+)
 @torch.no_grad()
 def test_requests_packed_into_one_row_do_not_see_each_other(tmp_path, name):
     base, _ = _twin(name, tmp_path)
@@ -108,7 +110,9 @@ def test_requests_packed_into_one_row_do_not_see_each_other(tmp_path, name):
     torch.testing.assert_close(mlp(torch.cat((one, other), dim=1)), apart, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["null-constant", "share-A-block", "smora", "mixlora-null"])
+@pytest.mark.parametrize(
+    "name", ["null-constant", "share-A-block", "smora", "mixlora-null", "grouped", "mixlora-grouped"]
+)
 @torch.no_grad()
 def test_one_graph_for_every_length(tmp_path, name):
     base, _ = _twin(name, tmp_path, torch.float32)

@@ -84,6 +84,16 @@ def test_an_ffn_mixture_is_shrunk_and_recovered(folder, tmp_path, capsys):
     assert record["parameters"]["shrunk"] < record["parameters"]["default"]
     assert record["kl_merged"] > 0
     assert PeftModel.from_pretrained(load_pocket()[0], out).peft_config["default"].num_experts == 2
+    out, by_group = tmp_path / "grouped", ("--method", "group", "--groups", 2)
+    assert run("shrink", tmp_path / "adapter", *rows, "--output", out, *by_group, "--similarity", "outputs") == 0
+    record = json.loads((out / RECORD_FILE).read_text())
+    assert record["parameters"]["shrunk"] < record["parameters"]["default"]
+    assert all(sorted(sum(line["groups"], [])) == [0, 1, 2, 3] for line in record["layers"])
+    config = PeftModel.from_pretrained(load_pocket()[0], out).peft_config["default"]
+    assert (config.num_experts, config.num_distinct_experts) == (4, 2)
+    capsys.readouterr()
+    wrong = ("shrink", tmp_path / "adapter", *rows, "--output", tmp_path / "x", *by_group, "--merge", "lstsq")
+    assert "`merge` is 'lstsq', but must be 'usage' for an FFN mixture" in refusal(capsys, *wrong)
 
 
 def test_the_table_is_the_definition(folder):

@@ -6,6 +6,7 @@ Layout (`moe_peft.tuners.ffn_moe`), E routed experts, S shared ones, PREFIX = `b
     PREFIX <linear> .ffn_moe_experts.lora_B           [E + S, r, d_out]
     PREFIX <first linear of a block> .ffn_moe_experts.router          [E, d]
     PREFIX <first linear of a block> .ffn_moe_experts.selection_bias  [E]
+    PREFIX <first linear of a block> .ffn_moe_experts.expert_map      [E], where choices of the router share experts
 """
 
 import json
@@ -23,7 +24,7 @@ from moe_peft.export.checkpoint import Checkpoint, local_folder
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.ffn_moe_experts\.(?P<part>\w+)")
 _BLOCK = re.compile(r".*\.layers\.(?P<layer>\d+)\.mlp")
-_PARTS = ("lora_A", "lora_B", "router", "router_bias", "selection_bias")
+_PARTS = ("lora_A", "lora_B", "router", "router_bias", "selection_bias", "expert_map")
 
 
 class Rule(NamedTuple):
@@ -75,6 +76,7 @@ class FfnAdapter:
         shared: how many experts every token visits.
         linears: module path -> shape of its `lora_A`, `[experts, r, d_in]`.
         routed: layer -> number of experts that its router chooses from; layers with a single expert have none.
+        expert_maps: layer -> for each of these, which of the experts in the file it is, where several share one.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -93,12 +95,15 @@ class FfnAdapter:
         self.linears = {m: self._shape(m, "lora_A") for m, part in self._keys if part == "lora_A"}
         self._check_pairs()
         self.routed: dict[int, int] = {}
+        self.expert_maps: dict[int, list[int]] = {}
         self._routers: dict[int, str] = {}
         for module, part in self._keys:
             if part == "router":
                 layer = self._layer_of(module)
                 self._routers[layer] = module
                 self.routed[layer] = self._shape(module, "router")[0]
+            if part == "expert_map":
+                self.expert_maps[self._layer_of(module)] = self._read(module, part).long().tolist()
         self._check_blocks()
 
     def _sort_keys(self) -> dict[tuple[str, str], str]:
@@ -168,7 +173,7 @@ class FfnAdapter:
             for name in sorted(whole - names):
                 raise self._missing(f"{block}.{name}", "lora_A")
             layer = self._layer_of(f"{block}.x")
-            wanted = self.routed.get(layer, 1) + self.shared
+            wanted = self._distinct(layer) + self.shared
             for name in sorted(names):
                 if self.linears[f"{block}.{name}"][0] != wanted:
                     if layer not in self.routed:
@@ -184,13 +189,29 @@ class FfnAdapter:
                 f"'{self.folder}' adapts no FFN: it is a plain LoRA, which `merge_and_unload` of PEFT merges."
             )
 
+    def _distinct(self, layer: int) -> int:
+        """How many of a layer's experts have weights of their own.
+
+        Raises:
+            ValueError: if the map of the router's choices does not fit the router.
+        """
+        of, choices = self.expert_maps.get(layer), self.routed.get(layer, 1)
+        if of is None:
+            return choices
+        if len(of) != choices or set(of) != set(range(max(of) + 1)):
+            raise ValueError(
+                f"The `expert_map` of layer {layer} has {len(of)} entries up to {max(of)} for a router of {choices} choices. "
+                "The file is damaged: save the adapter again."
+            )
+        return max(of) + 1
+
     def factors(self, module: str, expert: int, rows: tuple[int, int] | None = None) -> tuple[Tensor, Tensor] | None:
         """What an expert adds to a frozen weight, shared experts included, as a product: `[rows, R]` times `[R, d_in]`, in
         fp32 and with the scale in it; None is nothing.
 
         Args:
             module: path of the linear layer.
-            expert: its number; outside the FFN there is only one.
+            expert: its number among the router's choices; outside the FFN there is only one.
             rows: of the weight; None is all.
         """
         if module not in self.linears:
@@ -199,7 +220,8 @@ class FfnAdapter:
         if _BLOCK.fullmatch(module.rsplit(".", 1)[0]) is None:
             chosen = list(range(total))
         else:
-            chosen = [expert, *range(total - self.shared, total)]
+            of = self.expert_maps.get(self._layer_of(module))
+            chosen = [expert if of is None else of[expert], *range(total - self.shared, total)]
         A = self._read(module, "lora_A")[chosen].flatten(0, 1)
         B = self._read(module, "lora_B")[chosen].flatten(0, 1)
         B = B if rows is None else B[:, rows[0] : rows[1]]

@@ -83,7 +83,9 @@ class ExportPlan:
     def notes(self) -> list[str]:
         """What somebody might not expect, then what is known of servers; without full stops."""
         renormalised = self.choice.renormalised
-        return [*self.choice.notes, *caveats_of(self.choice.target, renormalised, self.config, self.choice)]
+        copies = ["experts that several of the router's choices share are written out once for each of them"]
+        shared = copies if self.adapter.expert_maps else []
+        return [*self.choice.notes, *shared, *caveats_of(self.choice.target, renormalised, self.config, self.choice)]
 
     def rows(self) -> list[tuple[str, str]]:
         """The plan as a table of two columns, for `--check`."""

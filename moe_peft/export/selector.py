@@ -84,7 +84,7 @@ def selector_of(model: PeftModel, adapter_name: str = "default") -> Selector | N
     weight = router.router.detach().float() * router.router_scale
     bias = None if router.router_bias is None else router.router_bias.detach().float() * router.router_scale
     exact = config.routing in ("top_1_hard", "top_1_straight_through")
-    keep = router.num_routed  # constant experts stand behind
+    keep = router.num_rows  # constant experts stand behind
     return Selector("linear", "mean", weight[:keep], None if bias is None else bias[:keep], exact=exact)
 
 

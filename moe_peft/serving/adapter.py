@@ -19,9 +19,9 @@ from moe_peft.errors import refuse
 
 
 PARTS = {
-    "linear_moe": ("lora_A", "lora_B", "router", "router_bias", "selection_bias", "constant"),
+    "linear_moe": ("lora_A", "lora_B", "router", "router_bias", "selection_bias", "constant", "expert_map"),
     "rank_moe": ("lora_A", "lora_B", "router", "selection_bias", "frozen_A", "frozen_B"),
-    "ffn_moe": ("lora_A", "lora_B", "router", "router_bias", "selection_bias"),
+    "ffn_moe": ("lora_A", "lora_B", "router", "router_bias", "selection_bias", "expert_map"),
 }
 """Type of adapter -> its tensors on one linear."""
 

@@ -14,6 +14,7 @@ from moe_peft.experts import experts_out
 from moe_peft.ffn import mixed_hidden, out_product
 from moe_peft.ffn_block import ffn_block
 from moe_peft.ffn_names import BlockNames, fast_activation
+from moe_peft.routing import grouped
 from moe_peft.serving.routed import Routes, Shapes, frozen, hosted
 
 
@@ -62,6 +63,8 @@ class Mixture:
         routes = ins[0].routes
         assert routes is not None
         routing = routes(tokens.to(routes.router.dtype))
+        if routes.expert_map is not None:
+            routing = grouped(routing, routes.expert_map, n)
         hidden = [part.hidden(tokens) for part in ins]
         split = [part.num_routed * part.lora_A.shape[1] for part in ins]
         base = tuple(

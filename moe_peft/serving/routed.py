@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moe_peft.bound_rules import bind_rule, rank_scaling, scaling, signal
 from moe_peft.experts import experts_out
 from moe_peft.rank_rules import own_logits, rank_top_k, self_activated
-from moe_peft.routing import Routing, dense_weights, routing_dtype
+from moe_peft.routing import Routing, dense_weights, routing_dtype, summed
 from moe_peft.selection import ACTIVATIONS
 
 
@@ -34,7 +34,7 @@ class Routes(nn.Module):
     """A router: tokens to a `Routing`.
 
     Parameter: router `[N, d]`. Buffers, which no cast of the model reaches before they are loaded: router_bias `[N]`,
-    selection_bias `[N]`.
+    selection_bias `[N]`, expert_map (where choices share experts: each one's expert, the null and constant ones left out).
     """
 
     def __init__(self, config: Any, shapes: Shapes, like: Tensor) -> None:
@@ -43,6 +43,8 @@ class Routes(nn.Module):
         for name in ("router_bias", "selection_bias"):
             empty = torch.zeros(shapes[name], dtype=torch.float32) if name in shapes else None
             self.register_buffer(name, empty)
+        empty = torch.zeros(shapes["expert_map"], dtype=torch.long) if "expert_map" in shapes else None
+        self.register_buffer("expert_map", empty)
         self.bound = bind_rule(config, config.num_null_experts)
         self.top_k = min(config.top_k or len(self.router), len(self.router))
         self.scale, self.cosine = config.router_scale, config.scoring_func == "cosine"
@@ -99,6 +101,7 @@ class LoraExperts(RoutedLinear):
         self.num_shared = min(config.num_shared_experts, num_experts - 1)
         self.num_routed = num_experts - self.num_shared
         self.scaling = scaling(config, r)
+        self.num_rows = shapes.get("expert_map", (self.num_routed,))[0]
         self.constant = frozen(shapes["constant"], self.lora_A) if "constant" in shapes else None
         self.routes = Routes(config, shapes, self.lora_A) if "router" in shapes else None
         self.decision: Decision | None = None
@@ -109,9 +112,10 @@ class LoraExperts(RoutedLinear):
         gates = hidden.new_ones(hidden.shape[1], self.num_routed)
         every = self._routed(tokens)
         if every is not None:
-            gates = every[:, : self.num_routed].to(hidden.dtype)
+            expert_map = None if self.routes is None else self.routes.expert_map
+            gates = summed(every[:, : self.num_rows], expert_map, self.num_routed).to(hidden.dtype)
         if self.constant is not None and every is not None:
-            chosen = every[:, self.num_routed : self.num_routed + len(self.constant)].to(hidden.dtype)
+            chosen = every[:, self.num_rows : self.num_rows + len(self.constant)].to(hidden.dtype)
             y = y + (chosen @ self.constant).to(y.dtype)
         if self.num_shared:
             gates = torch.cat((gates, gates.new_ones(len(gates), self.num_shared)), dim=1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moe_peft.allocation import expand, is_uniform, parse
 from moe_peft.attach import RoutingContext
 from moe_peft.config import MoeConfig
+from moe_peft.errors import refuse
 from moe_peft.routing_control import ModelControl
 from moe_peft.tuners.layer import MoeTunerLayer, linear_features, unmergeable
 
@@ -32,6 +33,22 @@ def layer_place(key: str) -> tuple[str, int] | None:
     """`("model.layers", 3)` of `"model.layers.3.mlp.up_proj"`; None for a name without a layer number."""
     match = _LAYER_NUMBER.match(f".{key}")
     return None if match is None else (match["layers"][1:], int(match["number"]))
+
+
+def distinct_experts(config: Any, place: tuple[str, str]) -> int | None:
+    """How many experts of the layer at this place have weights of their own (`num_distinct_experts`); None for all.
+
+    Raises:
+        ValueError: if the config says it by layer and not for this one.
+    """
+    distinct = config.num_distinct_experts
+    if not isinstance(distinct, list):
+        return distinct
+    numbered = layer_place(".".join(place))
+    if numbered is None or numbered[1] >= len(distinct):
+        allowed = f"one number, or a list that has an entry for {'.'.join(place).lstrip('.')}"
+        raise refuse("num_distinct_experts", distinct, allowed, "Its entries count by layer, from 0.")
+    return distinct[numbered[1]]
 
 
 def misfit(adapter_name: str, problems: list[str], shown: int = 20) -> str:
@@ -80,7 +97,9 @@ class MoeTuner(BaseTuner):
     def _new_layer(self, target: nn.Module, target_name: str, parent: nn.Module, current_key: str) -> MoeTunerLayer:
         """A layer around `target`, without adapters yet."""
         linear_features(target.get_base_layer() if isinstance(target, BaseTunerLayer) else target)
-        return self.layer_cls(target, self._context(), get_quantization_kwargs(self.model))
+        layer = self.layer_cls(target, self._context(), get_quantization_kwargs(self.model))
+        layer.place = (current_key.rpartition(".")[0], target_name)
+        return layer
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Put a layer in the place of its base layer, on the same device, or the base layer back in its own place."""

@@ -11,7 +11,7 @@ from moe_peft.config import FfnMoeConfig
 from moe_peft.experts import experts_out
 from moe_peft.ffn import out_product
 from moe_peft.ffn_fan import fan_in, fan_out
-from moe_peft.routing import Routing
+from moe_peft.routing import Routing, grouped
 from moe_peft.rules import jittered
 from moe_peft.tuners.router import Router, compute_dtype
 
@@ -25,24 +25,38 @@ class FfnExperts(Router):
         router `[E + N, d_in]`, router_bias `[E + N]`: on the linear of a block that reads its input first. N null
         experts are the frozen block alone.
         selection_bias `[E]`, a buffer: under "sigmoid_top_k" it is added to the scores that choose, not to the weights.
+        expert_map `[num_rows]`, a buffer beside the router, where `group_experts` has merged experts: router row -> expert.
+        Without it each of the first E rows is an expert, in order.
 
     Attributes:
+        num_rows: of the router's choices those that are experts.
         coupled: whether a router chooses among these experts; without one they are a plain LoRA.
     """
 
     whole_blocks = True
 
     def __init__(
-        self, config: FfnMoeConfig, d_in: int, d_out: int, num_experts: int, r: int, in_block: bool, routes: bool
+        self,
+        config: FfnMoeConfig,
+        d_in: int,
+        d_out: int,
+        num_experts: int,
+        r: int,
+        in_block: bool,
+        routes: bool,
+        distinct: int | None = None,
     ) -> None:
         super().__init__()
-        self.num_routed, self.r = (num_experts, r) if in_block else (1, r)
+        self.num_rows, self.r = num_experts if in_block else 1, r
+        self.num_routed = self.num_rows if distinct is None else min(distinct, self.num_rows)
         self.num_shared = config.num_shared_experts if in_block else 0
         num_null = config.num_null_experts if in_block else 0
-        choices = self.num_routed + num_null
+        choices = self.num_rows + num_null
         self.coupled = in_block and choices > 1
         self.lora_A = nn.Parameter(torch.empty(self.num_routed + self.num_shared, r, d_in))
         self.lora_B = nn.Parameter(torch.empty(self.num_routed + self.num_shared, r, d_out))
+        shares = distinct is not None and routes and self.coupled
+        self.register_buffer("expert_map", torch.arange(self.num_rows) % self.num_routed if shares else None)
         self.scaling, self.dropout = scaling(config, r), config.lora_dropout
         self.normalised, self.jitter = sums_to_one(config), config.router_jitter_noise
         self.set_up_router(config, choices, d_in, num_null=num_null, here=routes)
@@ -62,13 +76,18 @@ class FfnExperts(Router):
         return self.added(y, self.hidden(x), 0)
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
-        """The routing of `x [*, d_in]`."""
+        """The routing of `x [*, d_in]`, over the experts that have weights of their own."""
         rows = x.shape[0] if x.dim() == 3 else None
         if self.router is None:
             return self.routed_without_logits(x.numel() // x.shape[-1], self.lora_A, context, rows)
         seen = jittered(x.reshape(-1, x.shape[-1]), self.jitter, self.training)
         tokens = seen.to(compute_dtype(x, self.router))
-        return self.routed(nn.functional.linear(tokens, self.router.to(tokens.dtype)), context, seen, rows)
+        logits = nn.functional.linear(tokens, self.router.to(tokens.dtype))
+        return self.of_experts(self.routed(logits, context, seen, rows))
+
+    def of_experts(self, routing: Routing) -> Routing:
+        """A routing over the router's choices as one over the experts."""
+        return routing if self.expert_map is None else grouped(routing, self.expert_map, self.num_routed)
 
     def fan_out(self, x: Tensor, y: Tensor, routing: Routing) -> Tensor:
         """Per slot: `y [*, f]` plus the chosen expert's output for `x [*, d]`: `[*, K, f]`."""

@@ -80,7 +80,8 @@ class FastForward:
         leaves: list[FfnExperts] = [layer.experts(adapter_name) for layer in ins]
         last: FfnExperts = out.experts(adapter_name)
         hidden, logits, seen = self.products(x, leaves)
-        routing = leaves[0].routed(logits, ins[0].context, seen, x.shape[0] if x.dim() == 3 else None)
+        rows = x.shape[0] if x.dim() == 3 else None
+        routing = leaves[0].of_experts(leaves[0].routed(logits, ins[0].context, seen, rows))
         base = [
             leaf.added(layer.below(x), rows, leaf.num_routed).reshape(-1, layer.out_features)
             for layer, leaf, rows in zip(ins, leaves, hidden, strict=True)

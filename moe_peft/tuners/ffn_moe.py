@@ -27,7 +27,7 @@ from moe_peft.config import FfnMoeConfig
 from moe_peft.errors import refuse
 from moe_peft.ffn_names import BlockNames
 from moe_peft.routing import Routing
-from moe_peft.tuners.base import MoeTuner, MoeTunerLayer
+from moe_peft.tuners.base import MoeTuner, MoeTunerLayer, distinct_experts
 from moe_peft.tuners.ffn_blocks import find_blocks, looked_for
 from moe_peft.tuners.ffn_experts import FfnExperts
 from moe_peft.tuners.ffn_fast import FastForward
@@ -103,10 +103,10 @@ class FfnMoeLinear(MoeTunerLayer):
 
     def update_layer(self, adapter_name: str, config: FfnMoeConfig, num_experts: int, r: int) -> None:
         """Give the adapter its part on this linear."""
+        in_block = self.block is not None
         routes = self.block is not None and self.name == self.block.names.ins[0]
-        experts = FfnExperts(
-            config, self.in_features, self.out_features, num_experts, r, in_block=self.block is not None, routes=routes
-        )
+        distinct = distinct_experts(config, self.place) if in_block else None
+        experts = FfnExperts(config, self.in_features, self.out_features, num_experts, r, in_block, routes, distinct)
         start_from_principal(self, experts, config)
         self.ffn_moe_experts[adapter_name] = experts
         self.r[adapter_name], self.scaling[adapter_name] = r, experts.scaling

@@ -38,7 +38,12 @@ class MoeTunerLayer(nn.Module, BaseTunerLayer):
     """The frozen layer's output plus what each active adapter adds. Abstract: a type says what an adapter is.
 
     Subclasses name their containers in `adapter_layer_names` and `other_param_names` and fill them in `update_layer`.
+
+    Attributes:
+        place: the key of its parent in the model and its name there.
     """
+
+    place: tuple[str, str] = ("", "")
 
     def __init__(self, base_layer: nn.Module, context: RoutingContext, quantization: dict[str, Any]) -> None:
         super().__init__()
@@ -74,10 +79,14 @@ class MoeTunerLayer(nn.Module, BaseTunerLayer):
         return getattr(self, self.adapter_layer_names[0])[adapter_name]
 
     def expert_names(self, adapter_name: str) -> list[str]:
-        """What the experts that a token may choose from are called, in order: "0", "1" ... unless they have names."""
+        """What the experts that a token may choose from are called, in order: "0", "1" ... unless they have names.
+
+        Where `group_experts` has merged some, each of the router's choices keeps its name.
+        """
         experts = self.experts(adapter_name)
         names = getattr(experts, "domains", None)
-        number = getattr(experts, "num_routed", None) or getattr(experts, "num_experts", 1)
+        counts = (getattr(experts, which, None) for which in ("num_rows", "num_routed", "num_experts"))
+        number = next((count for count in counts if count), 1)
         return list(names) if names else [str(expert) for expert in range(number)]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

@@ -18,9 +18,9 @@ from moe_peft.bound_rules import scaling
 from moe_peft.config import LinearMoeConfig, MoeConfig
 from moe_peft.errors import refuse
 from moe_peft.experts import experts_decoded, experts_out, stacked_in
-from moe_peft.routing import Routing, dense_weights, routing_dtype, with_shared
+from moe_peft.routing import Routing, dense_weights, routing_dtype, summed, with_shared
 from moe_peft.rules import jittered
-from moe_peft.tuners.base import MoeTuner, MoeTunerLayer, layer_place
+from moe_peft.tuners.base import MoeTuner, MoeTunerLayer, distinct_experts
 from moe_peft.tuners.principal import start_from_principal
 from moe_peft.tuners.router import Router, compute_dtype
 from moe_peft.tuners.scopes import RouterUnit, unit_key
@@ -136,9 +136,7 @@ class RoutedLora(Router):
 
     def _of_experts(self, every: Tensor) -> Tensor:
         """Of the weights of all choices `[T, N]` those of the routed experts, `[T, E]`: summed where they share one."""
-        if self.expert_map is None:
-            return every[:, : self.num_routed]
-        return every.new_zeros(len(every), self.num_routed).index_add(1, self.expert_map, every[:, : self.num_rows])
+        return summed(every[:, : self.num_rows], self.expert_map, self.num_routed)
 
     def _seen(self, x: Tensor) -> tuple[Tensor | None, int | None]:
         """What the routing needs of x beside its logits."""
@@ -200,13 +198,12 @@ class LinearMoeLinear(MoeTunerLayer):
         self.r: dict[str, int] = {}
         self.num_experts: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
-        self.place = ("", "")  # the parent's key and the name in it
         self.units: dict[str, RouterUnit] = {}  # by adapter, where another scope than "linear" is asked for
 
     def update_layer(self, adapter_name: str, config: LinearMoeConfig, num_experts: int, r: int) -> None:
         """Give the adapter its experts on this layer."""
         routes, d_router = self._joins(adapter_name, config, num_experts)
-        distinct = self._distinct(config)
+        distinct = distinct_experts(config, self.place)
         experts = RoutedLora(config, self.in_features, self.out_features, num_experts, r, d_router, routes, distinct)
         start_from_principal(self, experts, config)
         self.linear_moe_experts[adapter_name] = experts
@@ -216,17 +213,6 @@ class LinearMoeLinear(MoeTunerLayer):
         self.context.wants_rows |= config.balance in BY_ROW
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _distinct(self, config: LinearMoeConfig) -> int | None:
-        """How many of the layer's experts have weights of their own; None for all."""
-        distinct = config.num_distinct_experts
-        if not isinstance(distinct, list):
-            return distinct
-        place = layer_place(".".join(self.place))
-        if place is None or place[1] >= len(distinct):
-            allowed = f"one number, or a list that has an entry for {'.'.join(self.place).lstrip('.')}"
-            raise refuse("num_distinct_experts", distinct, allowed, "Its entries count by layer, from 0.")
-        return distinct[place[1]]
 
     def _joins(self, adapter_name: str, config: LinearMoeConfig, num_experts: int) -> tuple[bool, int]:
         """Whether this layer has the router of its unit, and how wide that is where it is not the layer's own input."""
@@ -302,10 +288,11 @@ class LinearMoeLinear(MoeTunerLayer):
         experts = self.experts(adapter_name)
         A, B = experts.stacked()
         A, B = (rows.view(len(experts.lora_B), experts.r, -1) for rows in (A, B))
-        first = experts.num_routed
+        first, names = experts.num_routed, self.expert_names(adapter_name)
+        of = range(first) if experts.expert_map is None else experts.expert_map.tolist()
         return {
             name: (torch.cat((A[e], *A[first:])), torch.cat((B[e], *B[first:])))
-            for e, name in enumerate(self.expert_names(adapter_name))
+            for e, name in zip(of, names, strict=True)
         }
 
     def static_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -337,10 +324,3 @@ class LinearMoeModel(MoeTuner):
                 "Its cross-attention reads two sequences at once, and one decision cannot be about both.",
             )
         super()._prepare_model(peft_config, model)
-
-    def _new_layer(self, target: nn.Module, target_name: str, parent: nn.Module, current_key: str) -> MoeTunerLayer:
-        """A layer that knows its place, by which layers that share a router find each other."""
-        layer = super()._new_layer(target, target_name, parent, current_key)
-        assert isinstance(layer, LinearMoeLinear)
-        layer.place = (current_key.rpartition(".")[0], target_name)
-        return layer
