@@ -77,19 +77,18 @@ class Trials:
         self.done[key(trial)] = trial
 
 
-def run_adapter(name: str, seed: int, ways: list[str], trials: Trials) -> None:
-    """Train one adapter, and merge it in each of the ways."""
+def trained(method: Any, rate: float, seed: int) -> tuple[Any, Any, Any, dict[str, list[Any]]]:
+    """An adapter of this method of the yardstick: model, tokenizer, suite, and the rows to fit to, to measure on and to
+    score."""
     import torch
     import transformers
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     import moe_peft  # noqa: F401  (registers the adapter types)
-    from moe_peft.loaded import batches_from
     from moe_peft.pocket import make_suite
     from moe_peft.trial import TrialSettings, load_pocket, train_adapter
 
-    method, rate = ADAPTERS[name]
     suite = make_suite(SUITE, seed, **DIFFICULTY[SUITE])
     model, tokenizer = load_pocket()
     with tempfile.TemporaryDirectory() as folder:
@@ -98,7 +97,14 @@ def run_adapter(name: str, seed: int, ways: list[str], trials: Trials) -> None:
     adapted.eval()
     rows = suite.train[:ROWS]  # make_suite has shuffled them
     cut = len(rows) * 3 // 4
-    text = {"calibration": rows[:cut], "held_out": rows[cut:], "scored": suite.test}
+    return adapted, tokenizer, suite, {"calibration": rows[:cut], "held_out": rows[cut:], "scored": suite.test}
+
+
+def run_adapter(name: str, seed: int, ways: list[str], trials: Trials) -> None:
+    """Train one adapter, and merge it in each of the ways."""
+    adapted, tokenizer, suite, text = trained(*ADAPTERS[name], seed)
+    from moe_peft.loaded import batches_from
+
     for way in ways:
         start = time.process_time()
         if way == "per domain":
