@@ -41,7 +41,8 @@ class MoeCallback(TrainerCallback, ExportableState):
 
     It adds to the log, in one host synchronisation per log line: `router/entropy` (mean over layers, as a share of
     log E), `router/max_load` (the busiest expert of any layer; 1 = even, E = it takes everything),
-    `router/dead_experts` (over all layers) and `router/balance_loss` (mean over layers; 1 = even). Layers are kept
+    `router/dead_experts` (over all layers) and `router/balance_loss` (mean over layers; 1 = even); and where tokens choose
+    different numbers of experts, `router/active_experts` (per token, null ones left out; mean over layers). Layers are kept
     apart in `history`.
 
     The load that balancing is based on is averaged over the ranks after each step and saved in the checkpoint's
@@ -210,6 +211,9 @@ class MoeCallback(TrainerCallback, ExportableState):
             "router/dead_experts": sum(share * len(load) < DEAD_SHARE for load in loads.values() for share in load),
             "router/balance_loss": sum(w.balance for w in windows.values()) / len(windows),
         }
+        active = [w.active for w in windows.values() if w.active is not None]
+        if active:
+            values["router/active_experts"] = sum(active) / len(active)
         logs.update(values)
         if state.log_history:  # the trainer copied `logs` before it called us
             state.log_history[-1].update(values)

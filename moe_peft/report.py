@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moe_peft.errors import refuse
 from moe_peft.merge import on_device, routed_layers
 from moe_peft.pictures import pyplot
-from moe_peft.watch import DEAD_SHARE
+from moe_peft.watch import DEAD_SHARE, active_experts
 
 
 class RouterHealth(NamedTuple):
@@ -29,6 +29,7 @@ class RouterHealth(NamedTuple):
         dead: number of experts below `DEAD_SHARE` of an even share.
         domain_information: mutual information of expert and domain over the entropy of the domains: 0 when the
             expert says nothing of the domain, 1 when it names it. 0 with fewer than two domains.
+        active: experts that a token chose, null ones left out, on average; None where every token chooses as many.
     """
 
     load: list[float]
@@ -36,6 +37,7 @@ class RouterHealth(NamedTuple):
     max_load: float
     dead: int
     domain_information: float
+    active: float | None = None
 
 
 class RoutingReport(NamedTuple):
@@ -126,7 +128,7 @@ def routing_report(
         context.recording, context.counted = was_recording, None
         model.train(was_training)
     tables = {name: torch.stack(rows) for name, rows in counts.items()}
-    health = {name: _health(table, torch.stack(entropy[name]).sum(0)) for name, table in tables.items()}
+    health = {name: _health(experts[name], table, torch.stack(entropy[name]).sum(0)) for name, table in tables.items()}
     counted = {name: table.tolist() for name, table in tables.items()}
     return RoutingReport(list(batches), counted, health, _names(next(iter(experts.values()))))
 
@@ -146,7 +148,7 @@ def _predicting(batch: dict[str, Any], domain: str) -> Tensor:
     return torch.cat((wanted, torch.zeros_like(wanted[:, :1])), dim=1)
 
 
-def _health(counts: Tensor, entropy_and_tokens: Tensor) -> RouterHealth:
+def _health(router: Any, counts: Tensor, entropy_and_tokens: Tensor) -> RouterHealth:
     num_experts = counts.shape[1]
     load = counts.sum(0) / counts.sum()
     return RouterHealth(
@@ -155,6 +157,7 @@ def _health(counts: Tensor, entropy_and_tokens: Tensor) -> RouterHealth:
         max_load=float(load.max() * num_experts),
         dead=int((load * num_experts < DEAD_SHARE).sum()),
         domain_information=domain_information(counts),
+        active=active_experts(router, counts.sum(0).tolist(), float(entropy_and_tokens[1])),
     )
 
 
@@ -204,23 +207,20 @@ def health_table(report: RoutingReport) -> Table:
     table = Table(
         title="Routers, layer by layer",
         caption="load: share of each expert, in percent; busiest: 1 is even; domain: how far the expert tells it"
+        + ("; active: experts per token" if any(h.active is not None for h in report.health.values()) else "")
         + (f"; experts: {', '.join(report.experts)}" if report.experts else ""),
     )
     table.add_column("layer", no_wrap=True)
     table.add_column("load", justify="right", no_wrap=True)
-    for title in ("busiest", "entropy", "dead", "domain"):
+    free = any(h.active is not None for h in report.health.values())
+    for title in ("busiest", "entropy", "dead", "domain", *(["active"] if free else [])):
         table.add_column(title, justify="right")
     for name, h in report.health.items():
         load = " ".join(f"{100 * share:2.0f}" for share in h.load)
         dead = f"[red]{h.dead}[/red]" if h.dead else "0"
-        table.add_row(
-            short_name(name),
-            load,
-            f"{h.max_load:.2f}",
-            f"{h.entropy:.2f}",
-            dead,
-            f"{100 * h.domain_information:.0f} %",
-        )
+        numbers = f"{h.max_load:.2f}", f"{h.entropy:.2f}", dead, f"{100 * h.domain_information:.0f} %"
+        active = [] if not free else ["" if h.active is None else f"{h.active:.2f}"]
+        table.add_row(short_name(name), load, *numbers, *active)
     return table
 
 

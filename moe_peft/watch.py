@@ -36,12 +36,14 @@ class RouterWindow(NamedTuple):
         entropy: of a token's probabilities, averaged and divided by log E: 0 is certain, 1 is undecided.
         balance: the Switch loss of the window: 1 when even, whatever the balance that is trained.
         tokens: how many real tokens were routed.
+        active: experts that a token chose, null ones left out, on average; None where every token chooses as many.
     """
 
     load: list[float]
     entropy: float
     balance: float
     tokens: float
+    active: float | None = None
 
 
 def find_routers(model: nn.Module) -> dict[str, Router]:
@@ -144,8 +146,19 @@ def read_windows(routers: dict[str, Router]) -> dict[str, RouterWindow]:
         if tokens > 0:
             load = [count / sum(counts) for count in counts]
             balance = n * sum(f * p / tokens for f, p in zip(load, probability, strict=True))
-            windows[name] = RouterWindow(load, entropy / tokens / math.log(n), balance, tokens)
+            active = active_experts(routers[name], counts, tokens)
+            windows[name] = RouterWindow(load, entropy / tokens / math.log(n), balance, tokens, active)
     return windows
+
+
+def active_experts(router: Router, counts: list[float], tokens: float) -> float | None:
+    """How many experts a token chose on average, null ones left out; None where every token chooses as many.
+
+    Args:
+        counts: by choice, how many tokens chose it; the null experts are the last.
+        tokens: how many there were.
+    """
+    return sum(counts[: router.num_experts - router.num_null]) / tokens if router.chooses_freely else None
 
 
 def collapse(load: list[float], top_k: int) -> float:

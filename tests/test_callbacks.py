@@ -194,9 +194,31 @@ def test_the_values_are_those_of_the_definitions():
         "model.layers.0.self_attn.q_proj": [0.25] * 4,
         "model.layers.0.mlp.up_proj": pytest.approx([0.3, 0.3, 0.39875, 0.00125]),
     }
+    assert "router/active_experts" not in logs  # every token chooses two
     again = {"loss": 1.0}
     event(callback, "on_log", model, state=state, logs=again)
     assert again == {"loss": 1.0}  # a new window, and nothing in it yet
+
+
+@pytest.mark.parametrize(
+    ("settings", "index", "wanted"),
+    [
+        ({"routing": "top_p"}, [[0, 1, 4, 4], [2, 4, 4, 4]], 1.5),
+        ({"num_null_experts": 2, "top_k": 3}, [[0, 1, 4], [5, 4, 2]], 1.5),
+        ({"top_k": 2}, [[0, 1], [2, 3]], None),
+    ],
+)
+def test_how_many_experts_a_token_chose_is_logged_where_that_is_open(settings, index, wanted):
+    model = routed(**settings)
+    callback = MoeCallback()
+    event(callback, "on_train_begin", model)
+    router = next(iter(find_routers(model).values()))
+    chosen = torch.tensor(index)
+    router.state.observe(Routing(torch.zeros(2, router.num_experts), torch.ones(chosen.shape), chosen), None)
+    logs = {"loss": 1.0}
+    state = TrainerState(stateful_callbacks=[], global_step=7, log_history=[{"loss": 1.0}])
+    event(callback, "on_log", model, state=state, logs=logs)
+    assert logs.get("router/active_experts") == wanted
 
 
 def test_one_transfer_to_the_host_per_log_line(monkeypatch):

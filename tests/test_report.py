@@ -48,6 +48,23 @@ def test_every_token_is_counted_top_k_times_in_its_own_domain():
         assert [sum(row) for row in table] == [2 * 4 * 9, 2 * 4 * 9]
 
 
+def test_the_number_of_experts_that_tokens_choose_is_that_of_the_rule():
+    model, batches = model_and_text(num_null_experts=3, top_k=4, router_init_std=0.5)
+    name, layer = next(iter(routed_layers(model).items()))
+    seen, router = [], layer.experts("default")
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+    report = routing_report(model, batches)
+    handle.remove()
+    index = (torch.cat(seen) @ router.router.T).topk(4).indices
+    wanted = float((index < 4).sum(1).double().mean())
+    assert 0 < wanted < 4
+    assert report.health[name].active == pytest.approx(wanted)
+    assert [str(column.header) for column in health_table(report).columns][-1] == "active"
+    plain = routing_report(*model_and_text())
+    assert {h.active for h in plain.health.values()} == {None}
+    assert [str(column.header) for column in health_table(plain).columns][-1] == "domain"
+
+
 def test_a_router_that_sends_everything_to_one_pair_of_experts_is_seen():
     model, batches = model_and_text()
     name, layer = next(iter(routed_layers(model).items()))

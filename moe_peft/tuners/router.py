@@ -63,6 +63,7 @@ class Router(nn.Module):
         num_experts: N, all that a token can choose from; null experts are the last.
         top_k: slots per token, at the end of its schedule.
         visited: experts whose weights a token uses, at most.
+        chooses_freely: whether tokens differ in how many experts they choose that are not null.
         balances_load: whether the balance loss follows the load, which ranks then share.
         balances_bias: whether the selection bias is moved after each optimizer step.
         coef: of the balance loss, 0 where there is none.
@@ -102,6 +103,7 @@ class Router(nn.Module):
         self.bound = bind_rule(config, num_null, rule)
         self.rule = self.bound()
         self.top_k, self.top_k_start = _slots(config, num_experts), config.top_k_start
+        self.chooses_freely = config.routing == "top_p" or num_null > 0 and self.top_k < num_experts
         self.visited = min(self.top_k, _reachable(config, num_experts, num_null))
         self.router_scale, self.cosine = config.router_scale, config.scoring_func == "cosine"
         self.act = ACTIVATIONS[config.router_act] if config.router_act else None
