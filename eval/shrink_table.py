@@ -5,10 +5,11 @@
     python eval/shrink_table.py --report            # trains nothing: the table of what is on disk
 
 Each adapter is trained as in `eval/merge_table.py`: suite fact8tag, NF4 backbone, equal budget, the learning rate of its
-sweep; MixLoRA with 8 experts here, at the best of three rates on another seed. Then each layer is left with half of its experts, two at least. Experts are scored or
-grouped on three quarters of 768 training rows, KL is measured on the other quarter, exact match on the suite's test rows.
-"recovered" is after 100 steps of `moe-peft shrink --recover` on the first three quarters, at a third of the learning rate
-of training. Each result is appended to a file as it ends, so that an interrupted run goes on where it stopped.
+sweep; MixLoRA with 8 experts here, at the best of three rates on another seed. Then each layer is left with half of its
+experts, two at least. Experts are scored or grouped on three quarters of 768 training rows; KL is measured on the other
+quarter, exact match on the suite's test rows. "recovered" is after 100 steps of `moe-peft shrink --recover` on the first
+three quarters, at a third of the learning rate of training. Each result is appended to a file as it ends, so that an
+interrupted run goes on where it stopped.
 """
 
 import argparse
@@ -172,8 +173,7 @@ def main() -> None:
     trials = Trials(arguments.output / "trials.jsonl")
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for name in [] if arguments.report else arguments.adapters:
-            fits = (way for way in arguments.ways if "lstsq" not in way or name != "mixlora")
-            ways = [way for way in fits if (name, seed, way) not in trials.done]
+            ways = [way for way in arguments.ways if (name, seed, way) not in trials.done]
             if ways:
                 run_adapter(name, seed, ways, trials)
                 write(summarise(trials), arguments.output)

@@ -88,7 +88,7 @@ def shrink(
     groups: Annotated[int | None, typer.Option(help="With group: how many experts each layer is left with.")] = None,
     by: Annotated[str | None, typer.Option(help="With prune: easy_ep (the default) or usage.")] = None,
     similarity: Annotated[str | None, typer.Option(help="With group: router (the default) or outputs.")] = None,
-    merge: Annotated[str | None, typer.Option(help="With group: usage (the default) or lstsq.")] = None,
+    merge: Annotated[str | None, typer.Option(help="With group: lstsq (the default) or usage.")] = None,
     recover: Annotated[int, typer.Option(help="Steps of distillation from the adapter as it was; 0 is none.")] = 0,
     learning_rate: Annotated[float, typer.Option(help="Of --recover.")] = 2e-4,
     held_out: Annotated[

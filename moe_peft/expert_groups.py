@@ -55,14 +55,18 @@ class Sums:
     def add_slots(
         self, experts: Any, h: Tensor, weights: Tensor, index: Tensor | None, groups: list[list[int]]
     ) -> None:
-        """S alone, where each expert that a token has chosen reads hidden units of its own: `h [T, K, d_in]`."""
+        """As `add`, where each expert that a token has chosen reads hidden units of its own: `h [T, K, d_in]`."""
         A = experts.lora_A.to(h.dtype)
         if index is None:
             index = torch.arange(weights.shape[1], device=h.device).expand(len(h), -1)
         for number, group in enumerate(groups):
-            inside = weights.to(h.dtype) * torch.isin(index, torch.tensor(group, device=h.device))
-            hidden = ((h @ A[group].flatten(0, 1).T) * inside.unsqueeze(-1)).flatten(0, 1)
-            self.S[number] = self.S.get(number, 0.0) + (hidden.T @ hidden).double()
+            its = index.unsqueeze(-1) == torch.tensor(group, device=h.device)  # [T, K, experts of the group]
+            gates = weights.to(h.dtype).unsqueeze(-1) * its
+            hidden = h @ A[group].flatten(0, 1).T
+            shared = (hidden * gates.sum(-1, keepdim=True)).flatten(0, 1)
+            weighted = (hidden * gates.repeat_interleave(experts.r, dim=-1)).flatten(0, 1)
+            self.S[number] = self.S.get(number, 0.0) + (shared.T @ shared).double()
+            self.M[number] = self.M.get(number, 0.0) + (weighted.T @ shared).double()
 
 
 @torch.no_grad()

@@ -1,10 +1,10 @@
 """`regrouping` for FFN mixtures: which experts of a block are alike, and what a group of them becomes on each linear.
 
 All experts of a block are changes of one frozen block, unit by unit, so that nothing has to be aligned before it is
-averaged: MC-SMoE permutes the units of experts that have drifted apart, and these have not. A group becomes, on every
-linear, the usage mean of its products B_e A_e, cut back to rank r where its output suffers least: on the tokens that chose
-the group for the linears that read the block's input, and for the last one on the hidden units that the group's own
-experts made of them. The mean is of weights, as published; that of the outputs differs by what the non-linearity does.
+merged: MC-SMoE permutes the units of experts that have drifted apart, and these have not. A group is merged on every
+linear by itself, as on a linear with a router of its own: for the linears that read the block's input on the tokens that
+chose the group, for the last one on the hidden units that the group's own experts made of them, each slot for itself.
+What the merged expert's units differ from those is not looked at.
 """
 
 from collections.abc import Iterator
@@ -64,7 +64,7 @@ def block_likeness(
 
 @torch.no_grad()
 def merged_blocks(
-    model: PeftModel, layers: Blocks, batches: list[Batch], adapter_name: str, found: dict[str, Groups]
+    model: PeftModel, layers: Blocks, batches: list[Batch], adapter_name: str, found: dict[str, Groups], merge: str
 ) -> dict[str, list[dict[str, Tensor]]]:
     """Block -> the new lora_A and lora_B of each of its linears, in the order of `together`."""
     if not layers:
@@ -93,7 +93,7 @@ def merged_blocks(
         its[-1].usage = its[0].usage
     return {
         name: [
-            merged_factors(part.experts(adapter_name), found[name].groups, part_sums, "usage")
+            merged_factors(part.experts(adapter_name), found[name].groups, part_sums, merge)
             for part, part_sums in zip(together(layer), sums[name], strict=True)
         ]
         for name, layer in layers.items()

@@ -163,7 +163,7 @@ def test_likeness_of_outputs_is_the_definition():
 def test_a_merged_group_is_the_usage_mean_cut_to_rank_r_as_the_text_asks():
     model = adapted()
     old, x = copy.deepcopy(all_experts(model)[LAYER]), seen_by(model)
-    line = next(line for line in group_experts(model, text(), 3) if line.layer == LAYER)
+    line = next(line for line in group_experts(model, text(), 3, merge="usage") if line.layer == LAYER)
     new = all_experts(model)[LAYER]
     g = dense_weights(old.rule(x @ old.router.T, 2)).detach()
     usage = g.sum(0)

@@ -79,16 +79,17 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.parametrize("merge", ["lstsq", "usage"])
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_merging_equal_experts_changes_nothing_but_the_size(settings, fast, tmp_path):
+def test_merging_equal_experts_changes_nothing_but_the_size(settings, fast, merge, tmp_path):
     model = in_fp64(num_experts=6, **settings)
     make_twins(model)
     for layer in routed_layers(model).values():
         layer.block.fast.enabled = fast
     before, shared = logits(model), settings.get("num_shared_experts", 0)
     routers = {n: layer.experts("default").router for n, layer in routed_layers(model).items() if "gate" in n}
-    table = group_experts(model, text(), 3)
+    table = group_experts(model, text(), 3, merge=merge)
     assert [line.layer for line in table] == BLOCKS
     for line in table:
         assert sorted(sorted(group) for group in line.groups) == [[0, 3], [1, 4], [2, 5]]
@@ -184,33 +185,78 @@ def test_groups_are_the_most_used_and_their_nearest(similarity):
     assert torch.equal(logits(model), before)
 
 
+def read_by_linears(model, group):
+    """What the experts of a group read on each linear of the first block, `[T, K, d_in]` by expert, and their weights."""
+    x, parts = seen_by(model), together(routed_layers(model)["model.layers.0.mlp.gate_proj"])
+    _, _, g = on_block(model, x)
+
+    def adapted(part, e):
+        experts = part.experts("default")
+        return part.get_base_layer()(x) + experts.scaling * x @ experts.lora_A[e].T @ experts.lora_B[e]
+
+    with torch.no_grad():
+        units = [torch.nn.functional.silu(adapted(parts[0], e)) * adapted(parts[1], e) for e in group]
+    return [[x] * len(group)] * 2 + [units], g[:, group]
+
+
 def test_a_merged_group_is_the_usage_mean_cut_to_rank_r_as_the_text_asks():
     """On each linear by itself: what is lost of the mean, on what the group's tokens bring there, is all that must be."""
     model = in_fp64()
-    old, x = copy.deepcopy(model), seen_by(model)
-    _, _, g = on_block(old, x)
-    line = group_experts(model, text(), 1)[0]
-    (group,) = line.groups
-    usage = g.sum(0)[group] / g.sum()
+    old = copy.deepcopy(model)
+    (group,) = group_experts(model, text(), 1, merge="usage")[0].groups
+    read, g = read_by_linears(old, group)
+    usage = g.sum(0) / g.sum()
     before, after = (together(routed_layers(m)["model.layers.0.mlp.gate_proj"]) for m in (old, model))
-    silu = torch.nn.functional.silu
-
-    def units(e):
-        up, gate = (
-            part.get_base_layer()(x)
-            + part.scaling["default"] * x @ part.experts("default").lora_A[e].T @ part.experts("default").lora_B[e]
-            for part in (before[1], before[0])
-        )
-        return silu(gate) * up
-
     with torch.no_grad():
-        seen = [g.sum(1, keepdim=True) * x] * 2 + [torch.cat([g[:, e : e + 1] * units(e) for e in group])]
-        for old_part, new_part, tokens in zip(before, after, seen, strict=True):
+        for which, (old_part, new_part) in enumerate(zip(before, after, strict=True)):
             was, new = old_part.experts("default"), new_part.experts("default")
+            tokens = torch.cat([g[:, [i]] * h for i, h in enumerate(read[which])])
+            if which < 2:  # all experts read the same token, which counts by the sum of their weights
+                tokens = g.sum(1, keepdim=True) * read[which][0]
             mean = sum(u * was.lora_B[e].T @ was.lora_A[e] for u, e in zip(usage, group, strict=True))
             merged = new.lora_B[0].T @ new.lora_A[0]
             best = torch.linalg.svdvals(tokens @ mean.T)[2:].square().sum()  # Eckart-Young on what the text shows
             torch.testing.assert_close((tokens @ (merged - mean).T).square().sum(), best, rtol=1e-6, atol=1e-9)
+
+
+def test_least_squares_come_closest_to_what_the_experts_added_on_each_linear():
+    """Against the mean, and against any small step from where they are, on the text that they were fitted to."""
+    errors = {}
+    for merge in ("usage", "lstsq"):
+        model = in_fp64(r=1)
+        old = copy.deepcopy(model)
+        (group,) = group_experts(model, text(), 1, merge=merge)[0].groups
+        read, g = read_by_linears(old, group)
+        before, after = (together(routed_layers(m)["model.layers.0.mlp.gate_proj"]) for m in (old, model))
+
+        def error(which, merged, before=before, group=group, read=read, g=g):
+            was = before[which].experts("default")
+            wanted = [
+                g[:, [i]] * (h @ was.lora_A[e].T @ was.lora_B[e])
+                for i, (e, h) in enumerate(zip(group, read[which], strict=True))
+            ]
+            made = [g[:, [i]] * (h @ merged.T) for i, h in enumerate(read[which])]
+            if which < 2:
+                return float((sum(wanted) - sum(made)).square().sum())
+            return sum(float((a - b).square().sum()) for a, b in zip(wanted, made, strict=True))
+
+        with torch.no_grad():
+            factors = [(part.experts("default").lora_B[0], part.experts("default").lora_A[0]) for part in after]
+            errors[merge] = [error(which, B.T @ A) for which, (B, A) in enumerate(factors)]
+            if merge == "lstsq":
+                generator = torch.Generator().manual_seed(0)
+                for which, (B, A) in enumerate(factors):
+                    span = (
+                        before[which].experts("default").lora_A[group].flatten(0, 1)
+                    )  # the rows that A may be made of
+                    for _ in range(20):
+                        step = torch.randn(1, len(span), generator=generator, dtype=torch.float64) @ span
+                        turn = torch.randn(B.shape, generator=generator, dtype=torch.float64)
+                        moved = (B + 1e-2 * B.norm() * turn / turn.norm()).T @ (
+                            A + 1e-2 * A.norm() * step / step.norm()
+                        )
+                        assert error(which, moved) > errors[merge][which] * (1 - 1e-4)
+    assert all(a < b for a, b in zip(errors["lstsq"], errors["usage"], strict=True))
 
 
 def test_an_expert_alone_in_its_group_stays_bit_for_bit():
@@ -330,8 +376,8 @@ def test_what_cannot_be_is_refused_and_changes_nothing():
             r"`groups` is 5, but must be at most 4, the experts of model.layers.0.mlp",
         ),
         (
-            lambda: group_experts(model, text(), 2, merge="lstsq"),
-            "`merge` is 'lstsq', but must be 'usage' for an FFN mixture",
+            lambda: group_experts(model, text(), 2, merge="lsq"),
+            "`merge` is 'lsq', but must be 'lstsq' or 'usage'. Did you mean 'lstsq'?",
         ),
         (lambda: group_experts(model, [], 2), "The calibration text reached no expert"),
     ):

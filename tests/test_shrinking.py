@@ -92,8 +92,8 @@ def test_an_ffn_mixture_is_shrunk_and_recovered(folder, tmp_path, capsys):
     config = PeftModel.from_pretrained(load_pocket()[0], out).peft_config["default"]
     assert (config.num_experts, config.num_distinct_experts) == (4, 2)
     capsys.readouterr()
-    wrong = ("shrink", tmp_path / "adapter", *rows, "--output", tmp_path / "x", *by_group, "--merge", "lstsq")
-    assert "`merge` is 'lstsq', but must be 'usage' for an FFN mixture" in refusal(capsys, *wrong)
+    wrong = ("shrink", tmp_path / "adapter", *rows, "--output", tmp_path / "x", *by_group, "--merge", "lst")
+    assert "`--merge` is 'lst', but must be 'lstsq' or 'usage'. Did you mean 'lstsq'?" in refusal(capsys, *wrong)
 
 
 def test_the_table_is_the_definition(folder):
