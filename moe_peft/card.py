@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 
 from moe_peft.budget import count_parameters, equal_budget_lora, meta_backbone
 from moe_peft.catalogue import CARD_FILE, CONFIG_FILE, RECIPE_FILE
@@ -126,6 +126,8 @@ def method_line(config: Any) -> str:
     balance = "" if config.balance == "none" else f" x {config.router_aux_loss_coef:g}"
     ranks = config.num_experts is None  # each of them an expert
     experts = f"{config.r} ranks" if ranks else f"{config.num_experts} experts of rank {config.r}"
+    if getattr(config, "num_distinct_experts", None) is not None:
+        experts += f" ({config.num_distinct_experts} with weights of their own)"
     return f"{kind}, {experts}, {config.routing}{chosen}, balance {config.balance}{balance}"
 
 
@@ -287,6 +289,8 @@ def describe_output(adapter: str | None, output: str | Path) -> None:
         base = _config(output).get("base_model_name_or_path")
         carried = ("method", "data", "settings") + (() if section == "shrink" else ("parameters", "routers"))
         sections = {name: known[name] for name in carried if name in known}
+        if section == "shrink":  # another number of experts than its origin had
+            sections["method"] = f"## Method\n\n{method_line(PeftConfig.from_pretrained(str(output)))}."
         sections["title"] = _title_of(Path(adapter or "LoRAs").name, section, base)
         update_card(
             output, {**sections, section: fill(record)}, base, "transformers" if section == "export" else "peft"

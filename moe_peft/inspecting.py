@@ -96,8 +96,10 @@ def _rows(config: MoeConfig | ShardPoolConfig | BottleneckMoeConfig) -> list[tup
         ranks = config.domain_ranks or [config.r] * len(config.names)
         named = ", ".join(f"{name} (rank {r})" for name, r in zip(config.names, ranks, strict=True))
         return [("domains", named), ("gate", f"{config.gate} {visited}; learns from {config.gate_training}")]
+    distinct = getattr(config, "num_distinct_experts", None)
+    merged = "" if distinct is None else f" ({distinct} with weights of their own)"
     return [
-        ("experts", f"{config.num_experts} of rank {config.r}, {config.num_shared_experts} shared"),
+        ("experts", f"{config.num_experts} of rank {config.r}{merged}, {config.num_shared_experts} shared"),
         ("routing", f"{config.routing} {visited}; balance {config.balance}"),
     ]
 

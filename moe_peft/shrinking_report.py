@@ -80,11 +80,19 @@ def shrink_adapter(
         **agreement._asdict(),
     }
     own = tokenizer if (Path(adapter).expanduser() / "tokenizer_config.json").is_file() else None
-    save_alone(adapted, SHRUNK, output, {RECORD_FILE: json.dumps(record, indent=1)}, own)
+    files = {RECORD_FILE: json.dumps(record, indent=1), **_log_of(adapter)}
+    save_alone(adapted, SHRUNK, output, files, own)
     console.print(
         f"Written to {output}: a routed adapter of the same type, with {RECORD_FILE}. Above is what it loses, on "
         f"{agreement.tokens} tokens that nothing was chosen by."
     )
+
+
+def _log_of(adapter: str) -> dict[str, str]:
+    """The log of the run that trained the adapter, where it lies beside it: it says which base was trained on, and how that
+    was loaded, which `export` and `bundle` ask for."""
+    path = Path(adapter).expanduser() / "training_log.json"
+    return {path.name: path.read_text(encoding="utf-8")} if path.is_file() else {}
 
 
 _OF_METHOD = {"prune": ("keep", "by"), "group": ("groups", "similarity", "merge")}

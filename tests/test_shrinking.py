@@ -49,10 +49,14 @@ def shrink(folder, output, *more: object) -> tuple:
 
 
 def test_a_pruned_adapter_is_written_with_its_table(folder, tmp_path, capsys):
-    out = tmp_path / "small"
+    out, log = tmp_path / "small", folder / "adapter" / "training_log.json"
+    log.write_text('{"settings": {"load_in": "4bit"}}')
     assert run(*shrink(folder, out, "--keep", 2)) == 0
+    assert (out / log.name).read_bytes() == log.read_bytes()  # an export asks it how the base was loaded
+    log.unlink()
     said = " ".join(capsys.readouterr().out.split())
     assert "What shrinking costs" in said
+    assert "LINEAR_MOE, 2 experts of rank 2" in (out / "README.md").read_text()
     record = json.loads((out / RECORD_FILE).read_text())
     assert record["parameters"]["default"] == 4 * (4 * 2 * (128 + 352) + 4 * 128)
     assert record["parameters"]["shrunk"] == 4 * (2 * 2 * (128 + 352) + 2 * 128)
@@ -91,6 +95,7 @@ def test_an_ffn_mixture_is_shrunk_and_recovered(folder, tmp_path, capsys):
     assert all(sorted(sum(line["groups"], [])) == [0, 1, 2, 3] for line in record["layers"])
     config = PeftModel.from_pretrained(load_pocket()[0], out).peft_config["default"]
     assert (config.num_experts, config.num_distinct_experts) == (4, 2)
+    assert "4 experts of rank 2 (2 with weights of their own)" in (out / "README.md").read_text()
     capsys.readouterr()
     wrong = ("shrink", tmp_path / "adapter", *rows, "--output", tmp_path / "x", *by_group, "--merge", "lst")
     assert "`--merge` is 'lst', but must be 'lstsq' or 'usage'. Did you mean 'lstsq'?" in refusal(capsys, *wrong)
