@@ -110,7 +110,7 @@ def export_plain(
     served = " ".join(f"{name}={folder}" for name, folder in done.folders.items())
     console.print(f"Written to {output}: {len(done.folders)} LoRAs of rank {done.r}.", soft_wrap=True)
     console.print(f"vllm serve BASE --enable-lora --lora-modules {served}", soft_wrap=True, highlight=False)
-    console.print(_picks(output, done.selector), soft_wrap=True)
+    console.print(_picks(output, done.selector, _one_for_each_label(routed.peft_config["default"])), soft_wrap=True)
 
 
 def _fitted(model: Any, tokenizer: Any, data: str, by: str) -> Any:
@@ -139,16 +139,28 @@ def _prompt(row: Any, tokenizer: Any) -> str:
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
-def _picks(output: Path, selector: Any) -> str:
+def _one_for_each_label(config: Any) -> bool:
+    """Whether a sample's task type names its one expert."""
+    groups = getattr(config, "expert_groups", None) or []
+    given = getattr(config, "routing", None) == "given"
+    return given and all(group == [number] for number, group in enumerate(groups))
+
+
+def _picks(output: Path, selector: Any, by_label: bool) -> str:
     """Which LoRA is for which prompt, in words."""
+    alone = "Alone, an expert is not what the mixture computes."
+    if by_label:
+        alone = "Each is exactly what the adapter computes for its task type: expert0 for 0, expert1 for 1 and so on."
+    if selector is None and by_label:
+        return f"{alone} Name it in each request."
     if selector is None:
         return (
             "Nothing picks among them: the gate decides for each token, or at each layer. Label prompts with `--data` and "
-            "`--by`, or name the expert in each request. Alone, an expert is not what the mixture computes."
+            f"`--by`, or name the expert in each request. {alone}"
         )
     how = f"python {output / 'client.py'} {output} --base BASE --prompt '...'"
     if selector.fitted:
-        return f"Fitted to your prompts, this picks one: {how}. Alone, an expert is not what the mixture computes."
+        return f"Fitted to your prompts, this picks one: {how}. {alone}"
     if selector.exact:
         return f"The adapter's own choice, exactly: {how}"
     return (
