@@ -439,11 +439,11 @@ def test_routing_by_label_is_a_lora_for_each_label(tokenizer, tmp_path, capsys):
     code, said = run(capsys, "export", tmp_path / "adapter", "--to", "loras", "--output", tmp_path / "out")
     assert code == 0, said
     assert "Each is exactly what the adapter computes for its task type: expert0 for 0" in said
-    ids = tokenizer(PROMPTS[0])["input_ids"]
-    found = stock_logits(tmp_path, ids, [tmp_path / "out" / f"expert{n}" for n in range(3)])
+    ids = [tokenizer(PROMPTS[0])["input_ids"]]
+    found = stock_logits(tmp_path, ids * 3, [tmp_path / "out" / f"expert{n}" for n in range(3)])
     with torch.no_grad():
         for label, logits in enumerate(found):
-            wanted = model(torch.tensor([ids]), task_types=torch.tensor([label])).logits
+            wanted = model(torch.tensor(ids), task_types=torch.tensor([label])).logits
             torch.testing.assert_close(logits, wanted.view_as(logits), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found[0], found[1], atol=1e-3)
 
