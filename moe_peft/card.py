@@ -273,12 +273,14 @@ RECORDS = {
 """File beside the weights -> the section that it fills."""
 
 
-def describe_output(adapter: str | None, output: str | Path) -> None:
+def describe_output(adapter: str | None, output: str | Path, part: str | None = None) -> None:
     """Write the card of what a command made of an adapter: its record, and what the adapter's card says of its origin.
 
     Args:
         adapter: its folder; what is not a local folder has no card to take from.
-        output: with a record beside the weights; without one nothing is written.
+        output: with a record beside the weights, or folders with one, each of which gets a card; without one nothing is
+            written.
+        part: what the output is of the adapter, one of several.
     """
     output = Path(output)
     known = {} if adapter is None else sections_of(Path(adapter).expanduser())
@@ -287,20 +289,26 @@ def describe_output(adapter: str | None, output: str | Path) -> None:
             continue
         record = json.loads((output / file).read_text(encoding="utf-8"))
         base = _config(output).get("base_model_name_or_path")
-        carried = ("method", "data", "settings") + (() if section == "shrink" else ("parameters", "routers"))
+        routed = section == "export" and record.get("kind") != "plain LoRA"
+        carried = ("method", "data", "settings") + (("parameters", "routers") if routed else ())
         sections = {name: known[name] for name in carried if name in known}
+        if "method" in sections:
+            sections["method"] = sections["method"].replace("## Method\n\n", "## Method\n\nMade from ")
         if section == "shrink":  # another number of experts than its origin had
             sections["method"] = f"## Method\n\n{method_line(PeftConfig.from_pretrained(str(output)))}."
-        sections["title"] = _title_of(Path(adapter or "LoRAs").name, section, base)
-        update_card(
-            output, {**sections, section: fill(record)}, base, "transformers" if section == "export" else "peft"
-        )
+        sections["title"] = _title_of(Path(adapter or "LoRAs").name, section, base, part, routed)
+        update_card(output, {**sections, section: fill(record)}, base, "transformers" if routed else "peft")
+    if part is None and output.is_dir():
+        for folder in sorted(output.iterdir()):
+            if (folder / CONFIG_FILE).is_file():
+                describe_output(adapter, folder, folder.name)
 
 
-def _title_of(name: str, section: str, base: str | None) -> str:
-    if section == "export":
+def _title_of(name: str, section: str, base: str | None, part: str | None, routed: bool) -> str:
+    if routed:
         return f"# {name}, as a stock Mixture-of-Experts checkpoint"
-    return title_section(f"{name}, " + ("shrunk" if section == "shrink" else "merged"), base, section == "shrink")
+    what = "shrunk" if section == "shrink" else "as a plain LoRA" if part is None else f"{part} of it as a plain LoRA"
+    return title_section(f"{name}, {what}", base, section == "shrink")
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -180,6 +180,8 @@ def export(
     given = {"--prompt": prompt, "--domain": domain, "--data": data, "--check": check or None}
     if to in PLAIN:
         export_plain(Console(), adapter, to, output, model, given, by)
+        assert output is not None  # or it would have been refused
+        describe_output(adapter, output)
         return
     for option in ("--prompt", "--domain", "--data"):
         if given[option] is not None:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from moe_peft.budget import ParameterCount, count_config, count_parameters, meta_backbone
 from moe_peft.catalogue import entry_folder, from_catalogue, methods
+from moe_peft.pocket import POCKET_DIR
 
 
 LLAMA_2_7B = "the shape of LLaMA-2-7B"
@@ -87,10 +88,10 @@ def backbone_config(model: str | None) -> object:
     if model is None:
         return LlamaConfig(intermediate_size=11008, num_hidden_layers=32)
     try:
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(str(POCKET_DIR) if model == "pocket" else model)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"`--model` is '{model}', but must be a folder with a config.json or an id on the Hub "
+            f"`--model` is '{model}', but must be a folder with a config.json, an id on the Hub or 'pocket' "
             f"({type(error).__name__}). Check the spelling and the connection; without `--model`, {LLAMA_2_7B} is counted."
         ) from error
 

@@ -29,10 +29,25 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 _ALONGSIDE = ("tools", "chat_template_kwargs")
 """Columns that TRL reads beside messages."""
 
-_MEANING = {
-    "task_type": "LoRAMoE's balance needs it: 0 for world knowledge, 1 for other tasks. Add the column, or train "
-    "without: `--set balance=none`."
-}
+
+class TaskTypes(NamedTuple):
+    """What a column `task_type` must hold for an adapter.
+
+    Attributes:
+        count: how many types there are.
+        meaning: of the numbers.
+        need: why the column has to be there, and what to do.
+        names: of the types, where they have any: then a column `domain` may hold these in its place.
+    """
+
+    count: int = 2
+    meaning: str = "0 (world knowledge) or 1 (other tasks)"
+    need: str = (
+        "LoRAMoE's balance needs it: 0 for world knowledge, 1 for other tasks. Add the column, or train without: "
+        "`--set balance=none`."
+    )
+    names: list[str] | None = None
+
 
 Row = dict[str, Any]
 
@@ -68,7 +83,7 @@ def training_rows(
     chat: bool = True,
     text_field: str = "text",
     keep: tuple[str, ...] = (),
-    num_types: int = 2,
+    types: TaskTypes | None = None,
 ) -> Rows:
     """Load, check and shape the rows of a split.
 
@@ -79,13 +94,14 @@ def training_rows(
         chat: whether the tokenizer has a chat template.
         text_field: the column of plain text, TRL's `dataset_text_field`.
         keep: columns to carry along, which every row must have.
-        num_types: how many values a kept `task_type` may have.
+        types: what a kept `task_type` must hold; LoRAMoE's two by default.
 
     Raises:
         ValueError: what cannot be found, read or trained on, and what to do.
     """
     name, brackets = split_and_slice(split)
-    parts = [_shaped(part, label, chat, text_field, keep, num_types) for label, part in load(source, name)]
+    types = types or TaskTypes()
+    parts = [_shaped(part, label, chat, text_field, keep, types) for label, part in load(source, name)]
     if len({tuple(part.dataset.column_names) for part in parts}) > 1:
         forms = "; ".join(sorted({part.form for part in parts}))
         raise ValueError(
@@ -98,16 +114,20 @@ def training_rows(
     return Rows(dataset, parts[0].form, parts[0].conversational, unused)
 
 
-def _shaped(dataset: Dataset, label: str, chat: bool, text_field: str, keep: tuple[str, ...], num_types: int) -> Rows:
+def _shaped(
+    dataset: Dataset, label: str, chat: bool, text_field: str, keep: tuple[str, ...], types: TaskTypes
+) -> Rows:
+    if "task_type" in keep and types.names:
+        dataset = _numbered(dataset, label, types.names)
     columns = dataset.column_names
     form = _form_of(columns, text_field, label)
     missing = [column for column in keep if column not in columns]
     if missing:
         raise ValueError(
             f"The rows of {label} have no `{missing[0]}` (they have {', '.join(columns)}). "
-            + _MEANING.get(missing[0], "Name a column that they have.")
+            + (types.need if missing[0] == "task_type" else "Name a column that they have.")
         )
-    _check(dataset, form, label, keep, num_types)
+    _check(dataset, form, label, keep, types)
     messages = isinstance(dataset[0][form.required[0]], list) and form.required[0] != "input_ids"
     if messages and not chat:
         raise ValueError(
@@ -149,7 +169,22 @@ def _form_of(columns: list[str], text_field: str, label: str) -> _Form:
     )
 
 
-def _check(dataset: Dataset, form: _Form, label: str, keep: tuple[str, ...], num_types: int) -> None:
+def _numbered(dataset: Dataset, label: str, names: list[str]) -> Dataset:
+    """The rows with their `domain` as `task_type`, where they name it so."""
+    if "domain" not in dataset.column_names or "task_type" in dataset.column_names:
+        return dataset
+    other = sorted({str(name) for name in dataset["domain"]} - set(names))
+    if other:
+        raise ValueError(
+            f"The rows of {label} are of the domain{'s' if len(other) > 1 else ''} {', '.join(map(repr, other[:6]))}, for which "
+            f"the adapter has no expert. Its experts are {', '.join(map(repr, names[:12]))}{' ...' if len(names) > 12 else ''}: "
+            "`--set 'domains=[...]'` gives them other names."
+        )
+    numbers = [names.index(str(name)) for name in dataset["domain"]]
+    return dataset.remove_columns("domain").add_column("task_type", numbers)  # pyright: ignore[reportCallIssue]
+
+
+def _check(dataset: Dataset, form: _Form, label: str, keep: tuple[str, ...], types: TaskTypes) -> None:
     """Every row has every required field, of the right kind."""
     needed = [*form.required, *keep]
     view = dataset.select_columns(needed)
@@ -159,7 +194,7 @@ def _check(dataset: Dataset, form: _Form, label: str, keep: tuple[str, ...], num
         for offset in range(len(batch[needed[0]])):
             for field in needed:
                 value = batch[field][offset]
-                problem = _kept_problem(field, value, num_types) if field in keep else _problem(field, value)
+                problem = _kept_problem(field, value, types) if field in keep else _problem(field, value)
                 if problem is None and field not in keep and isinstance(value, list) != first:
                     problem = f"is {'a list' if not first else 'a text'}, unlike `{needed[0]}` of the first row"
                 if problem:
@@ -171,12 +206,11 @@ def _check(dataset: Dataset, form: _Form, label: str, keep: tuple[str, ...], num
                     )
 
 
-def _kept_problem(field: str, value: Any, num_types: int) -> str | None:
+def _kept_problem(field: str, value: Any, types: TaskTypes) -> str | None:
     if value is None:
         return "is missing"
-    if field == "task_type" and str(value) not in map(str, range(num_types)):
-        several = f"a whole number from 0 to {num_types - 1}, for each type an entry of `expert_groups`"
-        return f"is {value!r}, but must be {'0 (world knowledge) or 1 (other tasks)' if num_types == 2 else several}"
+    if field == "task_type" and str(value) not in map(str, range(types.count)):
+        return f"is {value!r}, but must be {types.meaning}"
     return None
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from moe_peft.catalogue import CONFIG_FILE
 from moe_peft.errors import nearest, refuse
+from moe_peft.portable_lora import max_lora_rank_flag
 
 
 PLAIN = {"loras": ("--data",), "request-lora": ("--prompt", "--domain")}
@@ -98,18 +99,22 @@ def export_plain(
     if output is None:
         raise refuse("--output", None, "a new or empty folder", "It appears whole, or not at all.")
     check_is_free(output)
-    if to == "request-lora" and not given["--prompt"]:
-        raise refuse("--prompt", given["--prompt"], "the request's text", "The LoRA is for that request alone.")
+    if to == "request-lora" and not given["--prompt"] and given["--domain"] is None:
+        remedy = "The LoRA is for that request alone, or for all of one `--domain`."
+        raise refuse("--prompt", given["--prompt"], "the request's text", remedy)
     routed, tokenizer = load_adapter(adapter, model, "none")
     if to == "request-lora":
-        config = export_request_lora(routed, given["--prompt"], output, tokenizer, domain=given["--domain"])
-        console.print(f"Written to {output}: one LoRA of rank {config.r}, exact for this request and its answer.")
+        config = export_request_lora(routed, given["--prompt"] or " ", output, tokenizer, domain=given["--domain"])
+        what = "this request and its answer" if given["--prompt"] else f"the domain '{given['--domain']}'"
+        console.print(f"Written to {output}: one LoRA of rank {config.r}, exact for {what}.")
         return
     selector = "auto" if given["--data"] is None else _fitted(routed, tokenizer, given["--data"], by)
     done = export_experts(routed, output, selector)
     served = " ".join(f"{name}={folder}" for name, folder in done.folders.items())
     console.print(f"Written to {output}: {len(done.folders)} LoRAs of rank {done.r}.", soft_wrap=True)
-    console.print(f"vllm serve BASE --enable-lora --lora-modules {served}", soft_wrap=True, highlight=False)
+    flag, base = max_lora_rank_flag(done.r), routed.peft_config["default"].base_model_name_or_path or "BASE"
+    serve = f"vllm serve {base} --enable-lora {f'{flag} ' if flag else ''}--lora-modules {served}"
+    console.print(serve, soft_wrap=True, highlight=False, markup=False)
     console.print(_picks(output, done.selector, _one_for_each_label(routed.peft_config["default"])), soft_wrap=True)
 
 

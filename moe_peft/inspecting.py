@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from moe_peft.bottleneck_config import REDUCTION, BottleneckMoeConfig
 from moe_peft.budget import count_parameters, equal_budget_lora, meta_backbone, train_as_configured
 from moe_peft.config import MoeConfig
-from moe_peft.domain_config import DomainMoeConfig
+from moe_peft.domain_config import TRAINED_GATES, DomainMoeConfig
 from moe_peft.loaded import batches_of, load_adapter
 from moe_peft.merge import routed_layers
 from moe_peft.report import health_table, health_verdict, heat_map, routing_report, verdict
@@ -95,7 +95,8 @@ def _rows(config: MoeConfig | ShardPoolConfig | BottleneckMoeConfig) -> list[tup
     if isinstance(config, DomainMoeConfig):
         ranks = config.domain_ranks or [config.r] * len(config.names)
         named = ", ".join(f"{name} (rank {r})" for name, r in zip(config.names, ranks, strict=True))
-        return [("domains", named), ("gate", f"{config.gate} {visited}; learns from {config.gate_training}")]
+        learns = f"learns from {config.gate_training}" if config.gate in TRAINED_GATES else "not trained"
+        return [("domains", named), ("gate", f"{config.gate} {visited}; {learns}")]
     distinct = getattr(config, "num_distinct_experts", None)
     merged = "" if distinct is None else f" ({distinct} with weights of their own)"
     return [

@@ -74,7 +74,8 @@ def _check_mergeable(model: PeftModel, layers: dict[str, MoeTunerLayer], adapter
     if not all(isinstance(layer, (LinearMoeLinear, RankMoeLinear, DomainMoeLinear)) for layer in layers.values()):
         raise ValueError(
             f"Adapter '{adapter_name}' is an FFN mixture. Its experts differ inside the non-linearity, which no LoRA on the "
-            "linears can follow. `moe-peft export --to moe` writes it exactly, as a stock MoE checkpoint."
+            "linears can follow from statistics of the inputs alone. `moe_peft.merging.methods.merge_static`, which `moe-peft "
+            "merge` calls, fits one by the block's outputs; `moe-peft export --to moe` writes it exactly, as a stock MoE checkpoint."
         )
     config = model.peft_config[adapter_name]
     if getattr(config, "num_constant_experts", 0):

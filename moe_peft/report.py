@@ -26,7 +26,7 @@ class RouterHealth(NamedTuple):
         load: `[E]` share of the slots that each expert got, summing to 1.
         entropy: of a token's probabilities, averaged and divided by log E: 0 is certain, 1 is undecided.
         max_load: the largest share times E: 1 when even, E when one expert gets everything.
-        dead: number of experts below `DEAD_SHARE` of an even share.
+        dead: number of experts below `DEAD_SHARE` of an even share; null ones, which nothing is lost by, are not counted.
         domain_information: mutual information of expert and domain over the entropy of the domains: 0 when the
             expert says nothing of the domain, 1 when it names it. 0 with fewer than two domains.
         active: experts that a token chose, null ones left out, on average; None where every token chooses as many.
@@ -45,7 +45,7 @@ class RoutingReport(NamedTuple):
 
     Attributes:
         domains: the names given, in order.
-        counts: layer name -> slots by domain and expert, `[D][E]`.
+        counts: layer name -> slots by domain and expert, `[D][E]`; summed probabilities where a token visits all experts.
         health: layer name -> [`RouterHealth`].
         experts: the names of the choices, where they have any: the domains of named experts, then "null".
     """
@@ -121,7 +121,9 @@ def routing_report(
             for name, e in experts.items():
                 if e.state.counts is None or e.state.entropy is None or e.state.tokens is None:
                     raise ValueError(f"Domain '{domain}' has no text. Give at least one batch for it.")
-                counts[name].append(e.state.counts.double().cpu())
+                # Where every token visits all experts, only how it weighs them says anything.
+                all_alike = bool((e.state.counts == e.state.tokens).all())
+                counts[name].append((e.state.probability if all_alike else e.state.counts).double().cpu())
                 entropy[name].append(torch.stack((e.state.entropy, e.state.tokens)).double().cpu())
                 e.state.reset()
     finally:
@@ -155,7 +157,7 @@ def _health(router: Any, counts: Tensor, entropy_and_tokens: Tensor) -> RouterHe
         load=load.tolist(),
         entropy=float(entropy_and_tokens[0] / entropy_and_tokens[1] / math.log(num_experts)),
         max_load=float(load.max() * num_experts),
-        dead=int((load * num_experts < DEAD_SHARE).sum()),
+        dead=int((load[: num_experts - router.num_null] * num_experts < DEAD_SHARE).sum()),
         domain_information=domain_information(counts),
         active=active_experts(router, counts.sum(0).tolist(), float(entropy_and_tokens[1])),
     )
@@ -195,10 +197,15 @@ def health_verdict(report: RoutingReport) -> str:
     if not dead:
         return f"Healthy: every router uses all of its experts on this text; the busiest expert of all gets {times}."
     worst = max(dead, key=lambda name: dead[name])
+    cure = (
+        "In training a larger `router_aux_loss_coef`, a lower learning rate or more steps bring experts in; `moe-peft shrink` "
+        "cuts them out."
+    )
+    if report.experts:
+        cure = "Give text of every domain (`--by`): an expert that its own domain's text does not reach has a gate that fails."
     return (
         f"{len(dead)} of {len(report.health)} routers have experts that this text hardly visits, {sum(dead.values())} in all, "
-        f"most of them in {short_name(worst)}; the busiest expert of all gets {times}. In training a larger "
-        "`router_aux_loss_coef`, a lower learning rate or more steps bring experts in; `moe-peft shrink` cuts them out."
+        f"most of them in {short_name(worst)}; the busiest expert of all gets {times}. {cure}"
     )
 
 

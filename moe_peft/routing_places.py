@@ -221,7 +221,9 @@ def _check_room(
         if len(forced) > slots:
             names = [place.names[n] for n in forced]
             allowed = f"at most {slots} experts, as a token has {slots} slots {at}"
-            raise refuse("force", names, allowed, "Raise `top_k` as well, or force fewer.")
+            field = "weights" if set(forced) <= set(given) else "force"
+            more = "Raise `top_k` as well, or name fewer." if _has_slots(router) else "Its rule takes one: name one."
+            raise refuse(field, names, allowed, more)
     if router.routing == "sparsegen" and set(forced) - set(given):
         names = [place.names[n] for n in forced if n not in given]
         remedy = "Give `weights={expert: 0.5}`: by its rule an expert that it leaves out weighs 0."

@@ -28,7 +28,7 @@ from moe_peft.banner import installed, parameter_counts, print_banner
 from moe_peft.card import describe_adapter
 from moe_peft.catalogue import CARD_FILE, RECIPE_FILE
 from moe_peft.collator import TaskTypeCollator
-from moe_peft.data import Rows, training_rows
+from moe_peft.data import Rows, TaskTypes, training_rows
 from moe_peft.errors import nearest, refuse
 from moe_peft.export.checkpoint import base_sha256
 from moe_peft.portable_lora import WEIGHTS_FILE
@@ -73,13 +73,25 @@ def run(settings: Settings, console: Console) -> SFTTrainer:
     return trainer
 
 
-def number_of_types(config: Any) -> int:
-    """How many task types the adapter tells apart; 0 where it does not look at them."""
+def task_types_of(config: Any) -> TaskTypes | None:
+    """The task types that the adapter tells apart; None where it does not look at them."""
     if getattr(config, "balance", None) == "localized":
-        return 2
-    if getattr(config, "supervised", False):
-        return len(getattr(config, "domains", None) or ())
-    return len(getattr(config, "expert_groups", None) or ())
+        return TaskTypes()
+    names = list(getattr(config, "domains", None) or ()) if getattr(config, "supervised", False) else []
+    if names:
+        meaning = f"a whole number from 0 to {len(names) - 1}, the place of the row's domain in `domains`"
+        few = f"{', '.join(names[:6])}{' ...' if len(names) > 6 else ''}"
+        need = (
+            f"The gate learns from it: add a column `domain` with a name of `domains` ({few}), or `task_type` with its place "
+            "from 0. `--set 'domains=[...]'` names others; `--set gate_training=loss` learns without."
+        )
+        return TaskTypes(len(names), meaning, need, names)
+    groups = len(getattr(config, "expert_groups", None) or ())
+    if not groups:
+        return None
+    meaning = f"a whole number from 0 to {groups - 1}, for each type an entry of `expert_groups`"
+    need = f"The adapter's experts are chosen by it, {meaning}. Add the column, or train a method with a router that learns."
+    return TaskTypes(groups, meaning, need)
 
 
 def load_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[Rows, Rows | None]:
@@ -95,8 +107,8 @@ def load_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[R
         raise refuse(
             f"task_type of {settings.source.name}", str(task), "'CAUSAL_LM' for supervised fine-tuning", remedy
         )
-    needs_types = number_of_types(settings.source.config)
-    if needs_types and (training.packing or training.padding_free):
+    types = task_types_of(settings.source.config)
+    if types and (training.packing or training.padding_free):
         raise ValueError(
             f"`{'packing' if training.packing else 'padding_free'}` is True, but `balance` = 'localized' and "
             "`expert_groups` need one sample per row, as they look at the task type of each. Turn it off, or `--set "
@@ -109,8 +121,8 @@ def load_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[R
             split,
             chat=tokenizer.chat_template is not None or training.chat_template_path is not None,
             text_field=training.dataset_text_field,
-            keep=("task_type",) if needs_types else (),
-            num_types=needs_types or 2,
+            keep=("task_type",) if types else (),
+            types=types,
         )
 
     rows = read(arguments.dataset, arguments.split)
@@ -128,7 +140,7 @@ def load_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[R
     else:
         eval_rows = None
     _decide_loss(settings, tokenizer, rows)
-    if needs_types:
+    if types:
         training.remove_unused_columns = False  # the trainer would drop the task types with them
     return rows, eval_rows
 
@@ -174,9 +186,9 @@ def make_trainer(
         raise
     if settings.arguments.experts_from:
         init_experts_from_lora(cast(PeftModel, trainer.model), settings.arguments.experts_from)
-    types = number_of_types(config)
+    types = task_types_of(config)
     if types:
-        trainer.data_collator = TaskTypeCollator(trainer.data_collator, num_types=types)
+        trainer.data_collator = TaskTypeCollator(trainer.data_collator, num_types=types.count)
     if not len(prepared_rows(trainer)):
         raise ValueError(
             f"None of the {len(rows.dataset)} rows is left: in all of them the prompt alone fills `max_length` = "

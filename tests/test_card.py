@@ -145,7 +145,9 @@ def test_train_inspect_and_merge_leave_a_card_with_every_section(tmp_path):
     assert run("inspect", out, "--data", data, "--output", tmp_path / "report") == 0
     assert run("merge", out, "--calibration", data, "--output", merged) == 0
     assert set(sections_of(out)) == set(SECTIONS[:6])
-    assert set(sections_of(merged)) == {*SECTIONS[:7], "export"}
+    assert set(sections_of(merged)) == {"title", "method", "data", "settings", "merge", "export"}
+    assert "as a plain LoRA" in sections_of(merged)["title"]
+    assert "Made from LINEAR_MOE, 2 experts" in sections_of(merged)["method"]
     assert "One plain PEFT LoRA of rank" in sections_of(merged)["export"]
     record = json.loads((merged / "moe_peft_merge.json").read_text())
     found = record["models"]["merged"]

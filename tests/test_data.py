@@ -9,7 +9,7 @@ import pytest
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("trl")
 
-from moe_peft.data import training_rows  # noqa: E402
+from moe_peft.data import TaskTypes, training_rows  # noqa: E402
 
 
 USER, ANSWER = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}
@@ -234,3 +234,19 @@ def test_a_column_to_keep_has_to_be_there_and_right(tmp_path):
         ValueError, match=r"have no `task_type` .* LoRAMoE's balance needs it: .* `--set balance=none`"
     ):
         training_rows(path, keep=("task_type",))
+
+
+def test_a_domain_by_its_name_is_a_task_type(tmp_path):
+    types = TaskTypes(2, "a place", "Add a column.", ["law", "code"])
+    path = write(tmp_path, [{**GOOD, "domain": "code"}, {**GOOD, "domain": "law"}])
+    rows = training_rows(path, keep=("task_type",), types=types)
+    assert rows.dataset["task_type"][:] == [1, 0]
+    assert rows.unused == []
+    path = write(tmp_path, [{**GOOD, "domain": "code"}, {**GOOD, "domain": "art"}], "other.jsonl")
+    with pytest.raises(
+        ValueError, match=r"of the domain 'art', for which the adapter has no expert. .* 'law', 'code'"
+    ):
+        training_rows(path, keep=("task_type",), types=types)
+    path = write(tmp_path, [GOOD], "none.jsonl")
+    with pytest.raises(ValueError, match=r"have no `task_type` \(they have prompt, completion\). Add a column."):
+        training_rows(path, keep=("task_type",), types=types)

@@ -400,7 +400,12 @@ def saved(tmp_path_factory, tokenizer):
 def test_the_command_writes_what_the_functions_do(saved, tmp_path, capsys):
     code, said = run(capsys, "export", saved["sequence"], "--to", "loras", "--output", tmp_path / "out")
     assert code == 0, said
-    for words in ("4 LoRAs of rank 2", "--lora-modules expert0=", "The adapter's own choice, exactly: python"):
+    assert "expert0 of it as a plain LoRA" in (tmp_path / "out" / "expert0" / "README.md").read_text()
+    for words in (
+        "4 LoRAs of rank 2",
+        f"vllm serve {POCKET_DIR} --enable-lora --lora-modules expert0=",
+        "The adapter's own choice, exactly: python",
+    ):
         assert words in said
     assert Client(tmp_path / "out", POCKET_DIR).choose(PROMPTS[0]).model in (
         "expert0",
@@ -439,6 +444,10 @@ def test_routing_by_label_is_a_lora_for_each_label(tokenizer, tmp_path, capsys):
     code, said = run(capsys, "export", tmp_path / "adapter", "--to", "loras", "--output", tmp_path / "out")
     assert code == 0, said
     assert "Each is exactly what the adapter computes for its task type: expert0 for 0" in said
+    one = ("export", tmp_path / "adapter", "--to", "request-lora", "--domain", 1, "--output", tmp_path / "one")
+    code, said = run(capsys, *one)
+    assert code == 0, said
+    assert "exact for the domain '1'" in said
     ids = [tokenizer(PROMPTS[0])["input_ids"]]
     found = stock_logits(tmp_path, ids * 3, [tmp_path / "out" / f"expert{n}" for n in range(3)])
     with torch.no_grad():

@@ -22,6 +22,7 @@ from moe_peft.report import (
     short_name,
     verdict,
 )
+from moe_peft.watch import DEAD_SHARE
 
 
 def model_and_text(**settings):
@@ -63,6 +64,29 @@ def test_the_number_of_experts_that_tokens_choose_is_that_of_the_rule():
     plain = routing_report(*model_and_text())
     assert {h.active for h in plain.health.values()} == {None}
     assert [str(column.header) for column in health_table(plain).columns][-1] == "domain"
+
+
+def test_where_tokens_visit_all_experts_their_weights_are_what_counts():
+    model, batches = model_and_text(num_experts=2, top_k=2, balance="none", router_init_std=2.0)
+    name, layer = next(iter(routed_layers(model).items()))
+    seen, router = [], layer.experts("default")
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+    report = routing_report(model, batches)
+    handle.remove()
+    wanted = [(x @ router.router.T).softmax(-1).sum(0).tolist() for x in seen]
+    for got, row in zip(report.counts[name], wanted, strict=True):
+        assert got == pytest.approx(row, rel=1e-4)
+    assert report.health[name].domain_information > 0
+
+
+def test_a_null_expert_that_nothing_visits_is_not_dead():
+    model, batches = model_and_text(num_null_experts=1, router_bias=True)
+    with torch.no_grad():
+        for layer in routed_layers(model).values():
+            layer.experts("default").router_bias[-1] = -1e4
+    for health in routing_report(model, batches).health.values():
+        assert health.load[-1] == 0
+        assert health.dead == sum(share * 5 < DEAD_SHARE for share in health.load[:4])
 
 
 def test_a_router_that_sends_everything_to_one_pair_of_experts_is_seen():

@@ -433,7 +433,7 @@ def test_switches_hold_for_their_request_alone(served, reference, control):
 
 
 def test_switches_that_the_model_does_not_have_are_refused_before_an_answer_begins(served, control):
-    with pytest.raises(openai.BadRequestError, match=r"`disable` is \[7\], but must be experts from 0 to 2"):
+    with pytest.raises(openai.BadRequestError, match=r"`disable_experts` is \[7\], but must be experts from 0 to 2"):
         chat(served, "Hi", stream=True, extra_body={"disable_experts": [7]})
     chat(served, "Hi", extra_body={"force_experts": [1], "domain": "law"})
     assert control[0][-1] == ((), [1], "law")
@@ -600,3 +600,16 @@ def test_the_command_serves_and_warns_where_others_can_reach_it(bundle):
     finally:
         process.terminate()
         process.wait(timeout=30)
+
+
+def test_where_the_task_type_alone_chooses_a_request_has_to_say_it():
+    model = get_peft_model(load_pocket(quantize=False)[0], linear(routing="given", balance="none")).eval()
+    fields = switches.ExpertFields
+    with pytest.raises(
+        switches.RequestRefused, match=r'`domain` is missing, .* Give one of 0, 1, 2 .* \{"domain": 2\}'
+    ):
+        switches.check_control(model, fields())
+    switches.check_control(model, fields(domain=1))
+    other = get_peft_model(load_pocket(quantize=False)[0], linear()).eval()
+    with pytest.raises(switches.RequestRefused, match=r"`disable_experts` is .* Leave at least one of them on\."):
+        switches.check_control(other, fields(disable_experts=[0, 1, 2]))

@@ -1,5 +1,6 @@
 """Experts switched off or forced, and domains chosen, for one request: our fields, as `moe_peft.routing_control` does it."""
 
+import json
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -44,4 +45,36 @@ def check_control(model: nn.Module, fields: ExpertFields) -> None:
     except RequestRefused:
         raise
     except (ValueError, TypeError) as error:
-        raise RequestRefused(str(error), next(iter(fields.given))) from error
+        raise RequestRefused(_in_a_request(str(error)), next(iter(fields.given))) from error
+    _check_label(model, fields)
+
+
+_IN_A_REQUEST = {
+    "`disable`": "`disable_experts`",
+    "`force`": "`force_experts`",
+    "For the base model alone use `with model.disable_adapter()`.": "Leave at least one of them on.",
+}
+"""What `moe_peft.routing` says -> what that is to somebody who asks over HTTP."""
+
+
+def _in_a_request(sentence: str) -> str:
+    for said, meant in _IN_A_REQUEST.items():
+        sentence = sentence.replace(said, meant)
+    return sentence
+
+
+def _check_label(model: Any, fields: ExpertFields) -> None:
+    """Refuse a request that does not say its task type where nothing else chooses.
+
+    Raises:
+        RequestRefused: naming the field and what it may be.
+    """
+    for name in getattr(model, "active_adapters", ()) if fields.domain is None else ():
+        config: Any = model.peft_config[name]
+        if getattr(config, "routing", None) == "given":
+            labels = getattr(config, "domains", None) or range(len(config.expert_groups or ()))
+            raise RequestRefused(
+                f"`domain` is missing, and this adapter's experts are chosen by it alone. Give one of "
+                f'{", ".join(map(str, labels))} as a field of the request, as {{"domain": {json.dumps(labels[-1])}}}.',
+                "domain",
+            )
