@@ -132,6 +132,11 @@ def _fitted(model: Any, tokenizer: Any, data: str, by: str) -> Any:
     for row in rows:
         label = str(row[by])  # type: ignore[index]
         texts.setdefault(f"expert{label}" if f"expert{label}" in known else label, []).append(_prompt(row, tokenizer))
+    if known == [f"expert{number}" for number in range(len(known))] and not set(texts) & set(known):
+        remedy = "No expert of this adapter was made for a label. Name its experts by number in that column if you know them."
+        raise refuse(
+            "--by", f"{by} ({', '.join(sorted(texts)[:4])})", f"numbers of experts, 0 to {len(known) - 1}", remedy
+        )
     return fit_selector(model, tokenizer, texts)
 
 

@@ -235,7 +235,8 @@ def _check_bound(options: Options, merges: dict[str, Merged]) -> None:
         where = "" if worst == "all" else f" for the domain '{worst}'"
         raise ValueError(
             f"The merge is {found:.4f} nats from the routed model{where}, above `--max-kl` {options.max_kl:g}: nothing was "
-            "written. Try `--method ls+distill`, a larger `--rank` or more text, or serve the adapter routed."
+            f"written. Try `--method ls+distill`, {'' if options.rank is None else 'a larger `--rank`, '}more text, or serve the "
+            "adapter routed; named experts go out one by one, exactly, by `moe-peft export --to loras`."
         )
 
 
@@ -296,6 +297,11 @@ def _write(
     console.print(_written(options, factors, exact=not records))
     if plan is None:
         console.print(_served(options, base, factors), highlight=False, markup=False, soft_wrap=True)
+        if records and options.load_in in ("4bit", "8bit"):
+            console.print(
+                f"All of this was measured on the base in {options.load_in[0]} bits, where the adapter was trained if nothing else "
+                "was said. A server that loads the base unquantised is another model: measure that with `--load-in none`."
+            )
 
 
 def _plotted(errors: dict[str, dict[str, float]], path: Path) -> list[str]:
