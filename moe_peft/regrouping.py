@@ -7,8 +7,9 @@ is left as it is, and the choices of a group stand for one expert.
     "router"    likeness: the cosine of two experts' logits over the calibration tokens (the paper's choice)
     "outputs"   the cosine of their outputs over those tokens (Sub-MoE, arXiv:2506.23266)
 
-Linear experts need no alignment: their products B_e A_e live in one basis (those of FFN mixtures: `regrouping_blocks`). So a group is merged as a sum of products,
-W = sum_e B_e Z_e [A_1; A_2; ..], and cut back to rank r where its output on the group's own tokens suffers least. Z is
+Linear experts need no alignment: their products B_e A_e live in one basis (for FFN mixtures see `regrouping_blocks`). So a
+group is merged as a sum of products, W = sum_e B_e Z_e [A_1; A_2; ..], and cut back to rank r where its output on the
+group's own tokens suffers least. Z is
 
     "lstsq"   the least squares from calibration text, min sum_t |sum_e g_te E_e(x_t) - w_t W x_t|^2, w = sum_e g_te
     "usage"   the published mean: usage_e / sum usage on the diagonal. It loses about twice as much (`eval/results/shrink`)
