@@ -12,7 +12,7 @@ from rich.console import Console
 
 def add_to(app: typer.Typer) -> None:
     """Put them on the command line, in this order."""
-    for command in (merge, shrink, merge_loras, export):
+    for command in (merge, shrink, merge_loras, join, export):
         app.command()(command)
     app.command(name="import")(import_)
     for command in (bundle, serve):
@@ -140,6 +140,27 @@ def merge_loras(
 
     merge_plain_loras(Console(), loras, output, method, weight, density, rank, held_out or [], limit, model, load_in)
     describe_output(None, output)
+
+
+def join(
+    loras: Annotated[list[str], typer.Argument(help="Plain LoRAs with names: law=loras/law code=loras/code.")],
+    output: Annotated[Path, typer.Option(help="A new or empty folder for the adapter.")],
+    gate: Annotated[
+        str,
+        typer.Option(help="prototype (nearest mean prompt), arrow (from the LoRAs alone) or given (told by hand)."),
+    ] = "prototype",
+    data: Annotated[str | None, typer.Option(help="Rows of the domains, as for `train --dataset`.")] = None,
+    by: Annotated[str, typer.Option(help="The column of --data with the domain's name.")] = "domain",
+    unknown: Annotated[
+        str | None, typer.Option(help="Rows that no domain is for: prompts like these are left to the base model.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="At most this many rows of each file.")] = 256,
+    model: Annotated[str | None, typer.Option(help="The backbone, if not the one that the LoRAs name.")] = None,
+) -> None:
+    """Ready LoRAs as the named experts of one adapter, each exactly as it was, under a gate that needs no training."""
+    from moe_peft.joining import join_loras
+
+    join_loras(Console(), loras, output, gate, data, by, unknown, limit, model)
 
 
 def export(

@@ -135,7 +135,7 @@ def _shaped(
             "Give one with `--chat_template_path` (a .jinja file, or a model whose template fits), use a model that "
             "has one, or write the rows as `prompt` and `completion`."
         )
-    used = [column for column in (*form.required, *form.optional, *keep) if column in columns]
+    used = [column for column in dict.fromkeys((*form.required, *form.optional, *keep)) if column in columns]
     unused = [column for column in columns if column not in used]
     dataset = dataset.select_columns(used)
     if form.convert is not None:
@@ -186,7 +186,7 @@ def _numbered(dataset: Dataset, label: str, names: list[str]) -> Dataset:
 
 def _check(dataset: Dataset, form: _Form, label: str, keep: tuple[str, ...], types: TaskTypes) -> None:
     """Every row has every required field, of the right kind."""
-    needed = [*form.required, *keep]
+    needed = list(dict.fromkeys((*form.required, *keep)))
     view = dataset.select_columns(needed)
     first = isinstance(view[0][needed[0]], list)
     for start in range(0, len(view), 1000):
